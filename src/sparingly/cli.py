@@ -1,0 +1,127 @@
+"""The ``sparingly`` command: a thin shell over the library."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Run only the parts of a neural network that an input needs, and see what that saved.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write JSON here; - is standard output.")]
+
+
+def write_json(content: Any, file: Path) -> None:
+    """Write ``content`` as JSON to ``file``; ``-`` is standard output. Ends the command if it cannot."""
+    text = json.dumps(content, indent=2, allow_nan=False)
+    if str(file) == "-":
+        print(text)
+        return
+    try:
+        file.write_text(text + "\n")
+    except OSError as error:
+        print(f"cannot write {file}: {error.strerror}", file=sys.stderr)
+        raise typer.Exit(2) from error
+
+
+def _kernels() -> list[dict[str, Any]]:
+    from sparingly.ops import registered
+
+    return [
+        {"op": op, "device": device, "available": available, "reason": reason}
+        for op, device, available, reason in registered()
+    ]
+
+
+def _meters() -> list[dict[str, Any]]:
+    from sparingly.energy.meters import default_meters
+
+    return [
+        {"source": meter.source, "scopes": meter.scopes(), "available": reason is None, "reason": reason}
+        for meter in default_meters()
+        for reason in [meter.unavailable()]
+    ]
+
+
+@app.command()
+def info(json_file: JsonFile = None) -> None:
+    """Show what this machine can measure and which kernels run, with the reasons why not."""
+    from sparingly.energy.machine import commit, machine_info, versions
+
+    content = {
+        "machine": machine_info(),
+        "versions": versions(),
+        "commit": commit(),
+        "meters": _meters(),
+        "kernels": _kernels(),
+    }
+    if json_file is not None:
+        write_json(content, json_file)
+    if str(json_file) != "-":
+        _print_info(content)
+
+
+def _print_info(content: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    facts = Table("machine", "", show_edge=False)
+    for name, value in {**content["machine"], "commit": content["commit"]}.items():
+        facts.add_row(name, "unknown" if value is None else str(value or "none"))
+    packages = Table("package", "version", show_edge=False)
+    for name, version in content["versions"].items():
+        packages.add_row(name, version or "not installed")
+    meters = Table("meter", "measures", "", show_edge=False)
+    for meter in content["meters"]:
+        meters.add_row(meter["source"], ", ".join(meter["scopes"]), _verdict(meter))
+    kernels = Table("kernel", "device", "", show_edge=False)
+    for kernel in content["kernels"]:
+        kernels.add_row(kernel["op"], kernel["device"], _verdict(kernel))
+    for table in (facts, packages, meters, kernels):
+        console.print(table, "")
+    if not any(meter["available"] for meter in content["meters"]):
+        console.print("No energy counter here: savings are shown in processor time, MACs and bytes.")
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    from rich.markup import escape
+
+    return "[green]works[/green]" if row["available"] else f"[yellow]unavailable[/yellow]: {escape(str(row['reason']))}"
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def measure(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND", help="The command and its arguments.")],
+    json_file: JsonFile = None,
+    idle_s: Annotated[
+        float, typer.Option("--idle", metavar="SECONDS", help="First read idle power for so long, to give net figures.")
+    ] = 0.0,
+) -> None:
+    """Measure any command: elapsed and processor seconds, and joules where a counter can be read.
+
+    The command's input, output and exit code pass through; the summary goes to standard error.
+    """
+    from sparingly.energy.machine import commit, machine_info, versions
+    from sparingly.energy.measurement import measure_command
+
+    if idle_s and idle_s < 1:
+        raise typer.BadParameter(f"must be 0 or at least 1, got {idle_s:g}", param_hint="--idle")
+    result, code = measure_command(command, idle_s=idle_s)
+    print(f"sparingly: exit code {code}\n{result}", file=sys.stderr)
+    if json_file is not None:
+        line = {"machine": machine_info(), "versions": versions(), "commit": commit()}
+        write_json({"schema": 1, "command": command, "exit_code": code, **result.as_dict(), **line}, json_file)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app()

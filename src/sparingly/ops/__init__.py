@@ -1,0 +1,21 @@
+"""Operators on the selected rows of a bank: one folder each, with a PyTorch reference and device kernels beside it."""
+
+from sparingly.ops._registry import Fallback, Op, clear_fallbacks, fallbacks, registered
+from sparingly.ops.gather_accumulate import gather_accumulate
+from sparingly.ops.gather_dot import gather_dot
+from sparingly.ops.row_adamw import row_adamw_
+from sparingly.ops.scatter_outer import scatter_outer
+from sparingly.ops.topk_rows import topk_rows
+
+__all__ = [
+    "Fallback",
+    "Op",
+    "clear_fallbacks",
+    "fallbacks",
+    "gather_accumulate",
+    "gather_dot",
+    "registered",
+    "row_adamw_",
+    "scatter_outer",
+    "topk_rows",
+]

@@ -1,0 +1,138 @@
+"""The README's figures, generated from a result file between markers: `python -m sparingly.report.readme [--check]`.
+
+A block starts with `<!-- figures: NAME -->` and ends with `<!-- /figures -->`; NAME is a key of BLOCKS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sparingly.report import findings
+from sparingly.report.provenance import energy_rows, energy_value, machine_line, versions_line
+from sparingly.report.result import JOBS, RULERS, Report, Saving, Workload, load, number
+from sparingly.report.text import percent_interval, seconds, times, times_interval
+
+RESULTS = Path("benchmarks/results/spell.json")
+README = Path("README.md")
+_BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+
+
+def update(text: str, report: Report) -> str:
+    """README text -> the same with every block filled from the first workload of `report`.
+
+    Raises ValueError if there is no block, or one with a name that is not in BLOCKS.
+    """
+    names = [match.group(2) for match in _BLOCK.finditer(text)]
+    unknown = sorted(set(names) - set(BLOCKS))
+    if not names or unknown:
+        raise ValueError(f"README blocks must be among {sorted(BLOCKS)} and at least one, got {names}")
+    return _BLOCK.sub(lambda match: match.group(1) + BLOCKS[match.group(2)](report) + match.group(3), text)
+
+
+def table(report: Report) -> str:
+    """The table: quality, cost, and the saving by the smallest ruler, then its losses and where it comes from."""
+    workload = report.workloads[0]
+    classes = "" if workload.num_classes is None else f", {workload.num_classes:,} classes"
+    head = [f"{workload.title}{classes}", "selective", "compared with", "saving"]
+    rows = [head, ["---", "---", "---", "---:"], *_quality(workload), *_costs(workload), *_others(workload)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", *_small_print(report, workload)]) + "\n"
+
+
+def batching(report: Report) -> str:
+    """The sentence on what a batch eats."""
+    return (findings.batching(report.workloads[0]) or "Batches were not measured.") + "\n"
+
+
+BLOCKS: dict[str, Callable[[Report], str]] = {"table": table, "batching": batching}
+
+
+def _quality(workload: Workload) -> Iterator[list[str]]:
+    mine = workload.method("selective")
+    tested = "" if workload.num_tested is None else f", {workload.num_tested:,} inputs never trained on"
+    label, own = f"{workload.metric}{tested}", "" if mine is None else f"**{percent_interval(mine.quality)}**"
+    for other in workload.methods:
+        if other is not mine:
+            yield [label, own, f"{other.name}: {percent_interval(other.quality)}", ""]
+            label = own = ""
+    if workload.agreement is not None:
+        yield ["top answer equals the exact one", percent_interval(workload.agreement), "the same weights", ""]
+
+
+def _costs(workload: Workload) -> Iterator[list[str]]:
+    for saving in workload.savings:
+        entry = workload.raw.get("training") if saving.job == "training" else None
+        entry = entry or (workload.raw.get("inference") or {}).get(saving.job) or {}
+        own_s, dense_s = number(entry.get("selective_cpu_s")), number(entry.get("dense_cpu_s"))
+        shown = saving.precision == "fp32" and own_s is not None
+        engine = f" ({saving.engine})" if saving.engine else ""
+        other = f"dense twin{engine}" + (f": {seconds(dense_s)}" if shown and dense_s is not None else "")
+        yield [
+            f"{JOBS[saving.job]}, {saving.precision} both",
+            seconds(own_s or 0) if shown else "",
+            other,
+            _bold(saving),
+        ]
+
+
+def _bold(saving: Saving) -> str:
+    ruler, figure = saving.smallest
+    return f"**{times_interval(figure)}** {RULERS[ruler]}"
+
+
+def _others(workload: Workload) -> Iterator[list[str]]:
+    by_kind = {method.kind: method for method in workload.converged}
+    own, dense = by_kind.get("selective"), by_kind.get("dense")
+    if own and dense:
+        spent = [f" in {seconds(m.training_cpu_s)}" if m.training_cpu_s else "" for m in (own, dense)]
+        ratio = times(dense.training_cpu_s / own.training_cpu_s) if dense.training_cpu_s and own.training_cpu_s else ""
+        cells = [f"{percent_interval(m.quality)}{cost}" for m, cost in zip((own, dense), spent, strict=True)]
+        yield ["20,000 classes, both trained to the end", cells[0], f"dense: {cells[1]}", ratio]
+    mine = workload.method("selective")
+    for other in workload.methods:
+        if other.kind == "incumbent" and mine and other.answer_cpu_s and mine.answer_cpu_s:
+            cost = f"{other.name}: {seconds(other.answer_cpu_s)}"
+            saved = times(other.answer_cpu_s / mine.answer_cpu_s)
+            yield ["one answer, incumbent", seconds(mine.answer_cpu_s), cost, saved]
+
+
+def _small_print(report: Report, workload: Workload) -> Iterator[str]:
+    yield "A saving is the other side's cost divided by the selective cost, by whichever ruler (processor time, MACs,"
+    yield "bytes) saves least, with its 95 % interval."
+    lost = findings.losses(workload)
+    if lost:
+        yield f"Where it loses: {'; '.join(lost)}."
+    grown = findings.growth(workload)
+    if grown:
+        yield f"Growth, {grown}."
+    missing = [record for record in energy_rows(workload) if record.get("class") == "unavailable"]
+    if missing:
+        reasons = [f"{record.get('scope')}: {energy_value(record)}" for record in missing]
+        yield f"Joules: {'; '.join(reasons)}."
+    yield f"Measured on {machine_line(report.machine)}; {versions_line(report)}."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Fill the README's blocks; with --check only say whether they are what the result file gives."""
+    parser = argparse.ArgumentParser(prog="python -m sparingly.report.readme", description=main.__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is stale")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    text = options.readme.read_text(encoding="utf-8")
+    fresh = update(text, load(options.results))
+    if fresh == text:
+        return 0
+    if options.check:
+        print(f"{options.readme} is stale: run python -m sparingly.report.readme", file=sys.stderr)
+        return 1
+    options.readme.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

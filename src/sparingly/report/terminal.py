@@ -1,0 +1,120 @@
+"""One screen of a result: quality, what training and answering cost, the other two denominators, and the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from sparingly.report import findings
+from sparingly.report.provenance import energy_lines, machine_line, versions_line
+from sparingly.report.result import JOBS, RULERS, Method, Report, Workload
+from sparingly.report.text import percent_interval, seconds, times, times_interval
+
+_STYLES = {"selective": "bold green", "exact": "default", "dense": "yellow", "incumbent": "magenta"}
+_BAR_WIDTH = 10
+
+
+def show(report: Report, console: Console | None = None) -> None:
+    """Print every workload of `report` to `console` (by default a new one on standard output)."""
+    console = console or Console()
+    for workload in report.workloads:
+        console.print(render(workload))
+    console.print(Text(machine_line(report.machine), style="dim"))
+    console.print(Text(versions_line(report), style="dim"))
+
+
+def render(workload: Workload) -> RenderableType:
+    """One workload as a rich renderable, 80 columns or wider."""
+    title = workload.title if workload.num_classes is None else f"{workload.title}, {workload.num_classes:,} classes"
+    headline = Text(findings.headline(workload), style="bold green")
+    headline.append(f"\n{findings.by_job(workload)}", style="not bold default")
+    blank = Text("")
+    return Group(
+        Panel(headline, title=title, title_align="left", box=box.ROUNDED),
+        *_quality(workload),
+        blank,
+        *_savings(workload),
+        blank,
+        *_facts(workload),
+        *_losses(workload),
+        *(Text(f" energy  {line}", style="dim") for line in energy_lines(workload)),
+    )
+
+
+def _quality(workload: Workload) -> Iterator[RenderableType]:
+    if not workload.methods:
+        return
+    tested = "" if workload.num_tested is None else f" on {workload.num_tested:,} inputs that training never saw"
+    table = _table(f"Quality: {workload.metric}{tested}")
+    table.add_column("method")
+    table.add_column("95 % interval", no_wrap=True)
+    table.add_column("", width=_BAR_WIDTH, no_wrap=True)
+    table.add_column("per answer", justify="right", no_wrap=True)
+    for method in workload.methods:
+        style = _STYLES[method.kind]
+        cost = "" if method.answer_cpu_s is None else seconds(method.answer_cpu_s)
+        table.add_row(Text(method.name, style), percent_interval(method.quality), Text(_bar(method), style), cost)
+    yield table
+
+
+def _bar(method: Method) -> str:
+    """The share as a bar of eighths of a cell."""
+    eighths = round(8 * _BAR_WIDTH * min(max(method.quality.value, 0.0), 1.0))
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _savings(workload: Workload) -> Iterator[RenderableType]:
+    if not workload.savings:
+        return
+    table = _table("Same capacity: cost of the dense twin ÷ cost of the selective model")
+    present = [ruler for ruler in RULERS if any(ruler in saving.rulers for saving in workload.savings)]
+    table.add_column("job", no_wrap=True)
+    table.add_column("both", no_wrap=True)
+    table.add_column("smallest", justify="right", style="bold", no_wrap=True)
+    for ruler in present:
+        table.add_column(RULERS[ruler], justify="right", no_wrap=True)
+    shown = ""
+    for saving in workload.savings:
+        figure = saving.smallest[1]
+        style = "green" if figure.bounds[0] > 1 else "bold red"
+        cells = [times_interval(saving.rulers[ruler]) if ruler in saving.rulers else "–" for ruler in present]
+        job = "" if saving.job == shown else JOBS[saving.job]
+        table.add_row(job, saving.precision, Text(times(figure.value), style), *cells)
+        shown = saving.job
+    yield table
+
+
+def _facts(workload: Workload) -> Iterator[RenderableType]:
+    grid = Table.grid(padding=(0, 2), pad_edge=True)
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, sentence in findings.comparisons(workload):
+        grid.add_row(name, sentence)
+    if workload.agreement is not None:
+        grid.add_row("agreement", f"{percent_interval(workload.agreement)} of top answers equal the exact top answer")
+    grown = findings.growth(workload)
+    if grown:
+        grid.add_row("growth", grown)
+    if workload.null_test is not None:
+        verdict = "includes 1" if findings.null_test_holds(workload) else "LEAVES OUT 1"
+        low, high = workload.null_test.bounds
+        text = f"{workload.null_test.value:.3f} [{low:.3f}, {high:.3f}] {verdict}"
+        grid.add_row("A/A null test", text)
+    if grid.row_count:
+        yield grid
+
+
+def _losses(workload: Workload) -> Iterator[Text]:
+    for sentence in findings.losses(workload):
+        yield Text(f" loss  {sentence}", style="red")
+    for job in findings.quiet_jobs(workload):
+        yield Text(f" not measured  saving in {job}", style="yellow")
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
