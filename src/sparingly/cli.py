@@ -123,5 +123,95 @@ def measure(
     raise typer.Exit(code)
 
 
+@app.command()
+def bench(
+    workload: Annotated[str, typer.Argument(help="What to run; there is spell.")] = "spell",
+    quick: Annotated[bool, typer.Option("--quick", help="At most 90 seconds, fewer classes.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Everything, up to 45 minutes.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do parts again that an earlier run has finished.")] = False,
+    json_file: JsonFile = None,
+    report_file: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Write an HTML page.")] = None,
+) -> None:
+    """Run a real task, selective beside dense and beside what one would use instead.
+
+    Finished parts are kept: after an interruption the same command goes on where it was.
+    """
+    from sparingly.report import html, result, terminal
+
+    if workload != "spell":
+        raise typer.BadParameter(f"must be spell, got {workload!r}", param_hint="WORKLOAD")
+    if quick and full:
+        raise typer.BadParameter("give one of --quick and --full, not both", param_hint="--quick")
+    content = _run_spell("quick" if quick else "full" if full else "default", fresh)
+    if json_file is not None:
+        write_json(content, json_file)
+    report = result.parse(content)
+    if str(json_file) != "-":
+        terminal.show(report)
+    if report_file is not None:
+        html.write(report, report_file)
+
+
+def _run_spell(mode: str, fresh: bool) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    try:
+        from sparingly.workloads import spell
+    except ImportError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from error
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        shown: dict[str, Any] = {}
+
+        def say(what: str, share: float | None) -> None:
+            if what not in shown:
+                for task in shown.values():
+                    progress.update(task, total=1, completed=1)
+                    progress.stop_task(task)
+                shown[what] = progress.add_task(what, total=None if share is None else 1)
+            if share is not None:
+                progress.update(shown[what], completed=share)
+
+        try:
+            return spell.bench(spell.MODES[mode], say, fresh=fresh)
+        except (ImportError, RuntimeError) as error:
+            console.print(f"[red]stopped:[/red] {error}")
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            console.print("interrupted; finished parts are kept, the same command goes on from there")
+            raise typer.Exit(130) from error
+
+
+@app.command()
+def predict(
+    workload: Annotated[str, typer.Argument(help="Which task; there is spell.")],
+    words: Annotated[list[str], typer.Argument(help="Misspelt words.")],
+) -> None:
+    """Answer with the network that `sparingly bench` trained: best five, how many units ran and what it cost."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if workload != "spell":
+        raise typer.BadParameter(f"must be spell, got {workload!r}", param_hint="WORKLOAD")
+    try:
+        from sparingly.workloads import spell
+
+        speller = spell.latest()
+        rows = [spell.predict(speller, word) for word in words]
+    except (ImportError, FileNotFoundError, RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from error
+    dense = speller.head.weight.numel()
+    table = Table("typed", "best five", "words scored exactly", "MACs", "processor time", show_edge=False)
+    for row in rows:
+        best = ", ".join(f"{word} {p:.0%}" for word, p in row["answers"])
+        few = f"{row['classes_scored']} of {len(speller.vocabulary):,}"
+        table.add_row(row["typed"], best, few, f"1/{dense / row['macs']:.0f} of dense", f"{row['cpu_s'] * 1e6:.0f} µs")
+    Console().print(table)
+
+
 if __name__ == "__main__":
     app()

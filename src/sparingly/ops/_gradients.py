@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparingly.ops.scatter_outer import scatter_outer
+from sparingly.ops.scatter_outer.grouped import group, grouped_sums
 
 
 def _slots(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -14,6 +15,15 @@ def _slots(ids: Tensor) -> tuple[Tensor, Tensor]:
     if touched.numel() and int(touched[0]) < 0:
         return touched[1:], slots - 1
     return touched, slots
+
+
+def _plain(weights: Tensor, vectors: Tensor, ids: Tensor) -> bool:
+    """True for CPU tensors of values (no fakes) that nobody differentiates further."""
+    tensors = (weights, vectors, ids)
+    further = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not further and all(
+        type(tensor) is torch.Tensor and tensor.is_cpu and tensor.dtype != torch.float64 for tensor in tensors
+    )
 
 
 def of_rows_and_bias(
@@ -33,6 +43,10 @@ def of_rows_and_bias(
     whatever num_rows.
     """
     num_rows = rows.shape[0]
+    if sparse and need_rows and not need_bias and _plain(weights, vectors, ids):
+        touched, places, bounds = group(ids)
+        values = grouped_sums(weights, vectors, places, bounds)
+        return _sparse(values.to(rows.dtype), touched, num_rows), None
     touched, slots, size = (None, ids, num_rows)
     if sparse:
         touched, slots = _slots(ids)

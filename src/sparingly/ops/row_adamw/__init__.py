@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from sparingly.ops._registry import Op
+from sparingly.ops._registry import Op, nothing_to_dispatch
 from sparingly.ops.row_adamw import cpu
-from sparingly.ops.row_adamw._checks import check
+from sparingly.ops.row_adamw._checks import check, check_values, rises
 from sparingly.ops.row_adamw.reference import reference
+
+__all__ = ["OP", "check_values", "rises", "row_adamw_", "update_checked"]
 
 OP = Op(
     "row_adamw_",
@@ -61,6 +65,18 @@ def row_adamw_(
     """
     options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
     OP(param, exp_avg, exp_avg_sq, steps, ids, grad, **options)
+
+
+def update_checked(*tensors: Tensor, **options: Any) -> None:
+    """:func:`row_adamw_` without a second look at ids and gradient: the caller has had :func:`check_values` do it.
+
+    For an optimiser that has to know all gradients good before it writes the first one.
+    """
+    check(*tensors)
+    if nothing_to_dispatch(tensors) and cpu.unsupported(*tensors) is None:
+        cpu.update(*tensors, **options)
+    else:
+        OP(*tensors, **options)
 
 
 @OP.definition.register_fake

@@ -55,6 +55,13 @@ def _first_not_finite(grad):
     return -1
 
 
+def rises(ids: Tensor) -> bool:
+    """True if each of ids [n] is larger than the one before, as the rows of a coalesced gradient are."""
+    if ids.is_cpu:
+        return bool(_scan(ids.detach().contiguous().numpy(), np.iinfo(np.int64).max)[1])
+    return bool((ids[1:] > ids[:-1]).all())
+
+
 def check_values(ids: Tensor, grad: Tensor, num_rows: int) -> None:
     """Raise IndexError for an id out of range, ValueError for one named twice or whose gradient is not finite.
 
@@ -68,7 +75,7 @@ def check_values(ids: Tensor, grad: Tensor, num_rows: int) -> None:
     else:
         outside = ids[(ids < 0) | (ids >= num_rows)]
         bad = int(outside[0]) if outside.numel() else None
-        rising = bool((ids[1:] > ids[:-1]).all())
+        rising = rises(ids)
         rows = (~torch.isfinite(grad).all(dim=1)).nonzero()
         infinite = int(rows[0]) if rows.numel() else -1
     if bad is not None:

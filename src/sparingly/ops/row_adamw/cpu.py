@@ -6,16 +6,18 @@ import math
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from sparingly.ops._arrays import as_numpy, not_for_numba
-from sparingly.ops._numba import from_f32, near_rows, prefetch_ahead, to_f32
-from sparingly.ops._numba import kernel as compiled
+from sparingly.ops._numba import FAST, from_f32, near_rows, prefetch_ahead, to_f32
 from sparingly.ops._threads import run_chunks
 from sparingly.ops.row_adamw._checks import check_values, record
 
 
-@compiled
+# Python's check for a division by zero would keep the loop over a row from being vectorised: 2.8 ns an element
+# instead of 0.7.
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def _step(start, stop, param, exp_avg, exp_avg_sq, steps, ids, grad, lr, beta1, beta2, eps, weight_decay):
     """Update the rows ids[start..stop]."""
     keep1, new1 = np.float32(beta1), np.float32(1.0 - beta1)
@@ -63,9 +65,28 @@ def kernel(
     weight_decay: float,
 ) -> None:
     """See :func:`sparingly.ops.row_adamw.row_adamw_`."""
+    check_values(ids, grad, param.shape[0])
+    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    update(param, exp_avg, exp_avg_sq, steps, ids, grad, **options)
+
+
+def update(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    steps: Tensor,
+    ids: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The same for ids and gradients that :func:`check_values` has passed."""
     ids = ids.contiguous()
     slope = grad.detach().float().contiguous()
-    check_values(ids, slope, param.shape[0])
     # Read and written: twelve bytes of float32 state and gradient each way, beside the row.
     work_bytes = ids.shape[0] * param.shape[1] * 24
     run_chunks(

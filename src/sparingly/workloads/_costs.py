@@ -1,0 +1,172 @@
+"""What an answer and a training example cost, dense and selective, on the three rulers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparingly.compare import paired
+from sparingly.energy import count
+from sparingly.nn import SelectiveHead
+from sparingly.workloads._engines import Best, Torch, best_by_batch, best_engine, dense_engines
+from sparingly.workloads._speller import Recipe, Speller, train_dense, train_selective
+from sparingly.workloads.spell_data import Vocabulary
+
+Say = Callable[[str, float | None], None]
+BATCHES = (1, 16, 64, 256, 1024)
+
+
+def inference(speller: Speller, words: Sequence[str], rounds: int, say: Say) -> dict[str, Any]:
+    """``{"batch_1": {...}, "best_batch": {...}}``: everything from n-gram ids to the best five words.
+
+    Both sides run the same trunk; the dense one then its cheapest engine and thread count, each side in "best_batch"
+    at the batch size that is cheapest for it.
+    """
+    ids = speller.features.encode(list(words[:1024]))
+    result: dict[str, Any] = {"batch_1": {}, "best_batch": {}}
+    for precision, key in (("fp32", "saving"), ("int8", "saving_int8")):
+        say(f"answering one at a time and in batches, {precision}", None)
+        head = speller.head if precision == "fp32" else speller.head.int8()
+        engines = dense_engines(speller.head, precision)
+        with torch.no_grad():
+            states = speller.hidden(ids)
+        one = best_engine(engines, states[:1], rounds=rounds)
+        by_batch = best_by_batch(
+            [one.engine, *(e for e in engines if e is not one.engine)], states, BATCHES[1:], rounds=3
+        )
+        many = min([one, *by_batch.values()], key=lambda best: best.cpu_s)
+        own = min(BATCHES, key=lambda batch: _per_token(speller, head, ids[:batch]))
+        for mode, best, batch in (("batch_1", one, 1), ("best_batch", many, own)):
+            saving, costs = _saving(speller, head, best, ids, batch, precision, rounds)
+            entry = result[mode]
+            entry[key] = saving
+            if precision == "fp32":
+                entry.update(costs, engine=f"{best.engine!r}, {best.threads} threads, batch {best.batch}")
+            else:
+                entry.update({f"{name}_int8": value for name, value in costs.items()})
+                entry["engine_int8"] = f"{best.engine!r}, {best.threads} threads, batch {best.batch}"
+        del engines
+    return result
+
+
+@torch.inference_mode()
+def _answer(speller: Speller, head: SelectiveHead, ids: Tensor) -> tuple[Tensor, Tensor]:
+    return head.topk(speller.hidden(ids), k=5)
+
+
+def _per_token(speller: Speller, head: SelectiveHead, ids: Tensor, least_s: float = 0.2) -> float:
+    _answer(speller, head, ids)
+    start, calls = time.process_time(), 0
+    while time.process_time() - start < least_s:
+        _answer(speller, head, ids)
+        calls += 1
+    return (time.process_time() - start) / (calls * len(ids))
+
+
+def _saving(
+    speller: Speller, head: SelectiveHead, best: Best, ids: Tensor, batch: int, precision: str, rounds: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    width = 1 if precision == "int8" else 4
+    dense_ids = ids[torch.arange(best.batch) % len(ids)]
+    # One word after the other: a batch of one that repeats would find its rows in the cache.
+    turns = {"dense": 0, "selective": 0}
+
+    def part(name: str, source: Tensor, size: int) -> Tensor:
+        start = turns[name] % max(1, len(source) - size + 1)
+        turns[name] += size
+        return source[start : start + size]
+
+    @torch.inference_mode()
+    def dense() -> None:
+        best.engine.answer(speller.hidden(part("dense", dense_ids if best.batch > 1 else ids, best.batch)))
+
+    def selective() -> None:
+        # As many tokens as the dense side: the ratio of the calls is that of the tokens.
+        for _ in range(max(1, best.batch // batch)):
+            _answer(speller, head, part("selective", ids, batch))
+
+    scale = max(1, best.batch // batch) * batch / best.batch
+    ratio = paired(dense, selective, pairs=max(10, rounds * 3), threads=best.threads)
+    with torch.no_grad(), count() as full:
+        Torch(speller.head).answer(speller.hidden(ids[:64]))
+    with torch.no_grad(), count() as sparse:
+        head.topk(speller.hidden(ids[:64]), k=5)
+    # The ledger of the fp32 twin; at int8 its weights are a quarter as many bytes.
+    saved = speller.head.weight.numel() * (4 - width) / 64
+    read = full.bytes / 64 - saved
+    saving = {
+        "cpu_s": {"value": ratio.value * scale, "lo": ratio.lo * scale, "hi": ratio.hi * scale},
+        "macs": full.macs / sparse.macs,
+        "bytes": read / (sparse.bytes / 64),
+    }
+    costs = {
+        "dense_cpu_s": ratio.a_s / best.batch,
+        "selective_cpu_s": ratio.b_s / (max(1, best.batch // batch) * batch),
+        "dense_batch": best.batch,
+        "selective_batch": batch,
+        "threads": best.threads,
+        "dense_tried": best.tried,
+    }
+    return saving, costs
+
+
+def training(vocabulary: Vocabulary, recipe: Recipe, rounds: int, say: Say) -> dict[str, Any]:
+    """Dense ÷ selective for one example of training, each side at its cheapest batch, whole steps with optimiser."""
+    best = None
+    for batch in (256, 512, 1024):
+        say(f"steps of the dense twin, batch {batch}", None)
+        twin = Speller(vocabulary)
+        steps = train_dense(twin, Recipe(1 << 40, batch=batch, alpha=recipe.alpha), float("inf"))
+        _, _, before = next(steps)
+        with_first = [before]
+        for _ in range(2 if rounds > 3 else 1):
+            _, _, after = next(steps)
+            with_first.append(after)
+        costs = [(b - a) / batch for a, b in pairwise(with_first)]
+        if best is None or min(costs) < min(best[1]):
+            best = (batch, costs)
+        del steps, twin
+    assert best is not None
+    batch, dense = best
+    say("steps of the selective network", None)
+    speller = Speller(vocabulary, negatives=recipe.negatives)
+    marks = []
+    for step, _, spent in train_selective(
+        speller, Recipe(recipe.batch * 120, recipe.batch, recipe.negatives, recipe.alpha)
+    ):
+        if step % 20 == 0:
+            marks.append(spent)
+    own = sorted((b - a) / (20 * recipe.batch) for a, b in pairwise(marks))
+    middle = own[len(own) // 2]
+    dense_s = sorted(dense)[len(dense) // 2]
+    macs, size = _step_counts(speller, recipe, batch)
+    return {
+        "saving": {
+            "cpu_s": {"value": dense_s / middle, "lo": min(dense) / own[-1], "hi": max(dense) / own[0]},
+            "macs": macs,
+            "bytes": size,
+        },
+        "dense_cpu_s_per_step": dense_s * batch,
+        "dense_batch": batch,
+        "dense_cpu_s_per_example": dense_s,
+        "selective_cpu_s_per_example": middle,
+        "selective_batch": recipe.batch,
+    }
+
+
+def _step_counts(speller: Speller, recipe: Recipe, dense_batch: int) -> tuple[float, float]:
+    """Dense ÷ selective MACs and bytes of one example's training, each at its own batch, optimiser included."""
+    own = Recipe(1 << 40, recipe.batch, recipe.negatives, recipe.alpha)
+    dense = train_dense(speller, Recipe(1 << 40, batch=dense_batch, alpha=recipe.alpha), float("inf"))
+    counts = []
+    for steps, batch in ((dense, dense_batch), (train_selective(speller, own), recipe.batch)):
+        next(steps)
+        with count() as ledger:
+            next(steps)
+        counts.append((ledger.macs / batch, ledger.bytes / batch))
+    return counts[0][0] / counts[1][0], counts[0][1] / counts[1][1]

@@ -1,0 +1,50 @@
+"""Finished parts of a benchmark on disk, so that one that was interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def cache_folder() -> Path:
+    """Where results and models are kept: ``$XDG_CACHE_HOME/sparingly``, by default ``~/.cache/sparingly``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparingly"
+
+
+def source_mark() -> str:
+    """Hash of the package's sources: parts made by other code do not count."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Parts:
+    """JSON-able results by name in one folder; ``run(name, work)`` computes what is not there yet.
+
+    A folder that was made with another ``mark`` is started anew.
+    """
+
+    def __init__(self, folder: Path, mark: str):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        note = folder / "mark"
+        if not note.exists() or note.read_text() != mark:
+            for file in folder.iterdir():
+                file.unlink()
+            note.write_text(mark)
+
+    def run(self, name: str, work: Callable[[], Any]) -> Any:
+        """The stored result, or that of ``work()``, stored whole or not at all."""
+        file = self.folder / f"{name}.json"
+        if file.exists():
+            return json.loads(file.read_text())
+        result = work()
+        fresh = file.with_suffix(".tmp")
+        fresh.write_text(json.dumps(result, allow_nan=False))
+        os.replace(fresh, file)
+        return result
