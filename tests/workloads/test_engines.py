@@ -158,6 +158,21 @@ def test_each_batch_size_has_its_own_best(monkeypatch):
     assert {batch: result.engine.name for batch, result in best.items()} == {1: "small", 10: "large"}
 
 
+def test_every_call_takes_the_next_tokens():
+    class Recording(_Slow):
+        def answer(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            seen.append(hidden[:, 0].tolist())
+            return super().answer(hidden)
+
+    seen: list[list[float]] = []
+    states = torch.arange(7.0).unsqueeze(1)
+    best_engine([Recording("recording", 8)], states, threads=(1,), batch=3, rounds=2)
+    assert seen[:3] == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+    for batch in (0, 8):
+        with pytest.raises(ValueError, match=rf"batch must be in 1\.\.7.*got {batch}"):
+            best_engine([_Slow("slow", 1)], states, batch=batch)
+
+
 def test_threads_are_put_back_after_an_error():
     class Broken(_Slow):
         def answer(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

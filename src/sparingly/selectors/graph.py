@@ -146,31 +146,27 @@ class Graph(Selector):
             raise NotImplementedError(f"Graph walks on the CPU only, got tensors on {hidden.device} and {bank.device}")
         tokens = hidden.shape[0]
         states = as_numpy(hidden.detach().float().contiguous())
-        rows = as_numpy(bank if bank.dtype in (torch.float32, torch.bfloat16, torch.int8) else bank.float())
         scores = np.empty((tokens, k), np.float32)
         classes = np.empty((tokens, k), np.int64)
         counts = np.empty((tokens, 3), np.int64)
-        beam = max(self.setting, k)
-        arrays = self._views()
-        work_bytes = tokens * beam * 2048
-        row_views = (rows, as_vector(scale), as_vector(None if bias is None else bias.detach().float()))
-        run_chunks(
-            search,
-            tokens,
-            work_bytes,
-            states,
-            *arrays,
-            beam,
-            np.float32(self._slack(beam)),
-            TABLE,
-            *row_views,
-            scores,
-            classes,
-            counts,
-        )
+        arguments = self.arguments(bank, bias, scale, k)
+        run_chunks(search, tokens, tokens * arguments[7] * 2048, states, *arguments, scores, classes, counts)
         if ledger.active():
             self._record(counts, bank, scale, bias, hidden, k)
         return torch.from_numpy(scores), torch.from_numpy(classes)
+
+    def arguments(self, bank: Tensor, bias: Tensor | None, scale: Tensor | None, k: int) -> tuple[Any, ...]:
+        """What the compiled ``search`` takes between hidden states and results."""
+        rows = as_numpy(bank if bank.dtype in (torch.float32, torch.bfloat16, torch.int8) else bank.float())
+        beam = max(self.setting, k)
+        limits = (beam, np.float32(self._slack(beam)), TABLE)
+        return (
+            *self._views(),
+            *limits,
+            rows,
+            as_vector(scale),
+            as_vector(None if bias is None else bias.detach().float()),
+        )
 
     def _views(self) -> tuple[Any, ...]:
         """The buffers as arrays, made once: conversion costs as much as a tenth of a walk."""

@@ -1,32 +1,34 @@
 """Dense output layers at their best: every engine here scores all classes and returns the best k.
 
-They are the denominators of the savings, so each gets what made it cheapest in processor time. Measured on a virtual
-EPYC 9004 (two cores, AVX-512, one thread) with 288,992 classes of 256 weights, milliseconds per token:
+They are the denominators of the savings, so each gets what made it cheapest in processor time. Milliseconds per token
+by :func:`best_engine`, 288,992 classes of 256 trained weights, one thread of a virtual EPYC 9004 with AVX-512, other
+work running beside it:
 
-==========================================  =======  =========  =========
-engine                                      batch 1  batch 64   batch 256
-==========================================  =======  =========  =========
-pytorch, fp32 (``linear``, ``topk``)        45       4.4        3.4
-pytorch tuned, fp32 (other layout, pages)   14       3.7        2.7
-onnxruntime, fp32 (``Gemm``)                14       1.7        1.6
-pytorch, int8 (``quantize_dynamic``)        8.0      1.4        1.2
-onnxruntime, int8 (``MatMulNBits``)         3.9      1.4        1.3
-onnxruntime, int8 (dynamic, per channel)    7.3      0.6        0.5
-pytorch, bf16                               21       1.7        1.2
-==========================================  =======  =========  =========
+==============================================  =======  ========  =========
+engine                                          batch 1  batch 64  batch 256
+==============================================  =======  ========  =========
+pytorch, fp32 (``linear``, ``topk``)            46       4.3       3.2
+pytorch tuned, fp32 (other layout, huge pages)  15       3.9       2.9
+onnxruntime, fp32 (``Gemm``)                    16       2.1       1.8
+pytorch, int8 (``quantize_dynamic``)            14       1.6       1.2
+onnxruntime, int8 (``MatMulNBits``)             5.5      1.7       1.3
+onnxruntime, int8 (``DynamicQuantizeMatMul``)   9.2      0.62      0.58
+pytorch, bf16                                   32       1.8       1.6
+==============================================  =======  ========  =========
 
-At batch 1 the best of them read the weights as fast as this machine reads memory in order (21 GB/s for one thread),
-and at batch 256 the fp32 one does 90 GFLOP/s, so there is little left to give. Splitting the classes into blocks
-whose scores stay in the cache made none of them cheaper.
+A second thread made none of them cheaper per token beyond noise. At batch 1 the fp32 ones read the weights at 20 GB/s,
+about what one thread gets from memory there in order, so there is little left to give. Splitting the classes into
+blocks whose scores stay in the cache made none of them cheaper.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,7 +44,7 @@ PRECISIONS = ("fp32", "int8", "bf16")
 MAX_SCORE_BYTES = 2 << 30
 """Batches whose scores of all classes would be larger are not tried: cost per token is flat long before."""
 
-_MIN_SAMPLE_NS = 5_000_000
+_MIN_SAMPLE_NS = 20_000_000
 _BLOCK = 128  # classes per block in :func:`best_scores`
 _NO_CLASS = np.float32(-3e38)  # bias of the classes that fill the last block; finite, as an infinity gives NaN in int8
 
@@ -122,18 +124,18 @@ class TorchTuned(Engine):
 
 
 class TorchBfloat16(Engine):
-    """PyTorch with bfloat16 weights and inputs; the bias is added in float32."""
+    """PyTorch with bfloat16 weights, inputs and scores (float32 scores would take as long again)."""
 
     name, precision = "pytorch", "bf16"
 
     def __init__(self, layer: OutputLayer, k: int = 5):
         super().__init__(layer, k)
-        self.weight = self.weight.bfloat16()
+        self.weight, self.bias = self.weight.bfloat16(), self.bias.bfloat16()
 
     @torch.inference_mode()
     def answer(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        scores = F.linear(hidden.bfloat16(), self.weight)
-        return best_scores(self.bias + scores, self.k)
+        scores, classes = best_scores(F.linear(hidden.bfloat16(), self.weight, self.bias), self.k)
+        return scores.float(), classes
 
 
 class TorchInt8(Engine):
@@ -314,46 +316,58 @@ class Best:
     tried: dict[str, float]  # "engine (precision), threads" -> processor-seconds per token, all candidates
 
 
-def _sample(engine: Engine, hidden: Tensor, threads: int) -> tuple[float, float]:
-    """Processor and wall seconds per token, over as many calls as take _MIN_SAMPLE_NS."""
+def _sample(engine: Engine, batches: Iterator[Tensor], threads: int) -> tuple[float, float]:
+    """Processor and wall seconds per token, over as many batches as take _MIN_SAMPLE_NS."""
     torch.set_num_threads(threads)
-    cpu, wall, calls = time.process_time_ns(), time.perf_counter_ns(), 0
-    while calls == 0 or time.process_time_ns() - cpu < _MIN_SAMPLE_NS:
+    cpu, wall, tokens = time.process_time_ns(), time.perf_counter_ns(), 0
+    while tokens == 0 or time.process_time_ns() - cpu < _MIN_SAMPLE_NS:
+        hidden = next(batches)
         engine.answer(hidden)
-        calls += 1
-    scale = 1e-9 / (calls * len(hidden))
-    return (time.process_time_ns() - cpu) * scale, (time.perf_counter_ns() - wall) * scale
+        tokens += len(hidden)
+    return (time.process_time_ns() - cpu) * 1e-9 / tokens, (time.perf_counter_ns() - wall) * 1e-9 / tokens
 
 
 def best_engine(
-    engines: Sequence[Engine], hidden: Tensor, threads: Sequence[int] = (1, 2), rounds: int = 7, seed: int = 0
+    engines: Sequence[Engine],
+    hidden: Tensor,
+    threads: Sequence[int] = (1, 2),
+    *,
+    batch: int | None = None,
+    rounds: int = 7,
+    seed: int = 0,
 ) -> Best:
-    """The engine and thread count that answer ``hidden`` (float32 [tokens, d]) for the least processor time.
+    """The engine and thread count that answer for the least processor time per token.
 
-    All candidates take turns, in a new random order each round, so that drift of the machine hits them alike; the
-    median over rounds counts. One that took 1.5 times the best one's time in the first round is left out of the rest.
+    ``hidden`` float32 [tokens, d] is answered ``batch`` tokens at a time, by default all at once; each call takes the
+    next ones, because asking the same again would find all that a search reads in the cache. The candidates take
+    turns in a new random order each round, so that drift of the machine hits them alike; the median over rounds
+    counts. One that took 1.5 times the best one's time in the first round is left out of the rest.
+    Raises ValueError if there are fewer tokens than ``batch``.
     """
+    size = len(hidden) if batch is None else batch
+    if not 1 <= size <= len(hidden):
+        raise ValueError(f"batch must be in 1..{len(hidden)}, the number of hidden states, got {size}")
+    parts = hidden[: len(hidden) // size * size].split(size)
     rng, before = np.random.default_rng(seed), torch.get_num_threads()
-    candidates = [(engine, count) for engine in engines for count in threads]
+    candidates = [(engine, cycle(parts), count) for engine in engines for count in threads]
     samples: list[list[tuple[float, float]]] = [[] for _ in candidates]
     try:
-        for engine, count in candidates:  # Sessions and caches are made by the first call.
-            _sample(engine, hidden, count)
+        for engine, batches, count in candidates:  # Sessions and caches are made by the first call.
+            torch.set_num_threads(count)
+            engine.answer(next(batches))
         live = list(range(len(candidates)))
         for _ in range(rounds):
             for number in rng.permutation(live):
-                engine, count = candidates[number]
-                samples[number].append(_sample(engine, hidden, count))
+                samples[number].append(_sample(*candidates[number]))
             least = min(samples[number][0][0] for number in live)
             live = [number for number in live if samples[number][0][0] <= 1.5 * least]
     finally:
         torch.set_num_threads(before)
     medians = [np.median(taken, axis=0) for taken in samples]
     winner = min(live, key=lambda number: medians[number][0])
-    engine, count = candidates[winner]
-    cpu_s, wall_s = medians[winner]
-    tried = {f"{e!r}, {n} threads": float(m[0]) for (e, n), m in zip(candidates, medians, strict=True)}
-    return Best(engine, count, len(hidden), float(cpu_s), float(wall_s), tried)
+    tried = {f"{e!r}, {n} threads": float(m[0]) for (e, _, n), m in zip(candidates, medians, strict=True)}
+    cpu_s, wall_s = medians[winner].tolist()
+    return Best(candidates[winner][0], candidates[winner][2], size, cpu_s, wall_s, tried)
 
 
 def best_by_batch(
@@ -363,7 +377,7 @@ def best_by_batch(
     threads: Sequence[int] = (1, 2),
     rounds: int = 5,
 ) -> dict[int, Best]:
-    """:func:`best_engine` of each batch size, made from ``hidden``'s rows (repeated if there are too few).
+    """:func:`best_engine` for each batch size; ``hidden`` is repeated if it has too few tokens.
 
     Batches whose scores would take more than MAX_SCORE_BYTES are left out, the first one never.
     """
@@ -372,6 +386,6 @@ def best_by_batch(
     for batch in batches:
         if results and batch * classes * 4 > MAX_SCORE_BYTES:
             continue
-        rows = hidden[torch.arange(batch) % len(hidden)]
-        results[batch] = best_engine(engines, rows, threads, rounds)
+        states = hidden.repeat(-(-batch // len(hidden)), 1)
+        results[batch] = best_engine(engines, states, threads, batch=batch, rounds=rounds)
     return results

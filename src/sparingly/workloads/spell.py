@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,8 @@ from sparingly.compare import null_test
 from sparingly.energy import count
 from sparingly.energy.machine import commit, machine_info, versions
 from sparingly.energy.meters import default_meters
-from sparingly.energy.prices import modelled_ratio
+from sparingly.energy.prices import modelled
+from sparingly.energy.records import unavailable
 from sparingly.store import load, save
 from sparingly.workloads import _costs
 from sparingly.workloads._engines import dense_engines
@@ -54,7 +55,7 @@ class Mode:
 MODES = {
     "quick": Mode("quick", 20_000, 200_000, 1_500, 3),
     "default": Mode("default", None, 2_000_000, 6_000, 5),
-    "full": Mode("full", None, 3_500_000, 10_000, 7, ("symspellpy", "faiss"), True),
+    "full": Mode("full", None, 2_500_000, 8_000, 7, ("symspellpy", "faiss"), True),
 }
 
 
@@ -230,10 +231,10 @@ class Spell:
             speller.name_classes()
             init_s, spent = time.process_time() - start, 0.0
             if name == "dense":
-                for _, part, spent in train_dense(speller, Recipe(1_200_000, batch=256), float("inf")):  # noqa: B007
+                for _, part, spent in train_dense(speller, Recipe(800_000, batch=256), float("inf")):  # noqa: B007
                     self.say("20,000 classes, dense", part)
             else:
-                for step, steps, spent in train_selective(speller, Recipe(3_500_000)):  # noqa: B007
+                for step, steps, spent in train_selective(speller, Recipe(2_500_000)):  # noqa: B007
                     self.say("20,000 classes, selective", step / steps)
             rights[name] = _right(speller, test)
             result[name] = {**share(rights[name]), "cpu_s": init_s + spent}
@@ -250,17 +251,18 @@ class Spell:
         return {"value": result.value, "lo": result.lo, "hi": result.hi}
 
     def energy(self) -> list[dict[str, Any]]:
-        """What meters say of themselves here, and the modelled saving of one answer."""
-        records = [_as_dict(meter.unavailable(), meter.source) for meter in default_meters() if meter.unavailable()]
-        ids = self.speller.features.encode(self.pairs[1].typed[:1])
-        states = self.speller.hidden(ids)
+        """What meters say of themselves here, and the modelled joules of one answer, dense and selective."""
+        reasons = ((meter.source, meter.unavailable()) for meter in default_meters())
+        records = [_unavailable(source, reason) for source, reason in reasons if reason]
+        states = self.speller.hidden(self.speller.features.encode(self.pairs[1].typed[:1])).detach()
         engine = dense_engines(self.speller.head, "fp32")[0]
-        with torch.no_grad(), count() as dense:
+        with torch.inference_mode(), count() as dense:
             engine.answer(states)
-        with torch.no_grad(), count() as selective:
+        with torch.inference_mode(), count() as selective:
             self.speller.head.topk(states, 5)
-        for ratio in modelled_ratio(dense, selective):
-            records.append(asdict(ratio))
+        for side, ledger in (("dense", dense), ("selective", selective)):
+            bounds = modelled(ledger)
+            records += [replace(record, scope=f"one {side} answer, {record.scope}").as_dict() for record in bounds]
         return records
 
     def examples(self) -> list[dict[str, Any]]:
@@ -304,8 +306,8 @@ class Spell:
         return entry
 
 
-def _as_dict(reason: str | None, source: str) -> dict[str, Any]:
-    return {"value": None, "lo": None, "hi": None, "class": "unavailable", "source": source, "reason": reason}
+def _unavailable(source: str, reason: str) -> dict[str, Any]:
+    return unavailable(source, "package and accelerator", reason).as_dict()
 
 
 def _compile() -> None:
