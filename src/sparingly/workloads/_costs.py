@@ -20,7 +20,8 @@ from sparingly.workloads._speller import Recipe, Speller, train_dense, train_sel
 from sparingly.workloads.spell_data import Vocabulary
 
 Say = Callable[[str, float | None], None]
-BATCHES = (1, 16, 64, 256, 1024)
+BATCHES = (1, 64, 256)
+"""Larger ones made no engine cheaper per token, here, nor did a second thread in processor time; see _engines.py."""
 
 
 def inference(speller: Speller, words: Sequence[str], rounds: int, say: Say) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def inference(speller: Speller, words: Sequence[str], rounds: int, say: Say) -> 
         engines = dense_engines(speller.head, precision)
         with torch.no_grad():
             states = speller.hidden(ids)
-        one = best_engine(engines, states[:1], rounds=rounds)
+        one = best_engine(engines, states, (1,), batch=1, rounds=rounds)
         by_batch = best_by_batch(
             [one.engine, *(e for e in engines if e is not one.engine)], states, BATCHES[1:], rounds=3
         )

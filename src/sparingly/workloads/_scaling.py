@@ -61,7 +61,7 @@ def scaling(
         with torch.no_grad():
             exact = torch.cat([large(part).argmax(1) for part in testing[:1000].split(100)])
         found = large.topk(testing[:1000], 1)[1][:, 0]
-        dense = best_engine(dense_engines(large, "fp32")[1:], testing[:1], rounds=3)
+        dense = best_engine(dense_engines(large, "fp32")[1:], testing, (1,), batch=1, rounds=3)
         costs = []
         for _ in range(5):
             start = time.process_time()

@@ -299,10 +299,10 @@ class Spell:
             "energy": part("energy", self.energy),
             "curve": trained["curve"] + twin["curve"],
             "examples": part("examples", self.examples),
-            "scaling": part("scaling", self.scaling) if self.mode.full else [],
         }
         if self.mode.full:
             entry["converged_20k"] = part("converged", self.converged)
+            entry["scaling"] = part("scaling", self.scaling)
         return entry
 
 
