@@ -2,7 +2,7 @@
 
 from sparingly.compare import compare
 from sparingly.energy import count, measure
-from sparingly.nn import SelectiveBag, SelectiveHead
+from sparingly.nn import Plan, SelectiveBag, SelectiveHead
 from sparingly.optim import optimizer
 from sparingly.selection import Selection
 from sparingly.selectors import Dense, Graph, Oracle, Partition, Random, Selector
@@ -15,6 +15,7 @@ __all__ = [
     "Graph",
     "Oracle",
     "Partition",
+    "Plan",
     "Random",
     "Selection",
     "SelectiveBag",

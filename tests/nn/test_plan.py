@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import sparingly as sp
-from sparingly.nn.plan import Plan
+from sparingly.nn import Plan
 
 
 @pytest.fixture(scope="module")

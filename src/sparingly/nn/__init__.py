@@ -2,6 +2,7 @@
 
 from sparingly.nn.bag import SelectiveBag
 from sparingly.nn.head import SelectiveHead
+from sparingly.nn.plan import Plan
 from sparingly.nn.tune import Tried, TuneReport
 
-__all__ = ["SelectiveBag", "SelectiveHead", "Tried", "TuneReport"]
+__all__ = ["Plan", "SelectiveBag", "SelectiveHead", "Tried", "TuneReport"]

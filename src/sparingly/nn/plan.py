@@ -41,7 +41,7 @@ def _answer(ids, table, gain, shift, eps, hidden, search_arguments, scores, clas
         scale = np.float32(1.0) / np.sqrt(spread / np.float32(width) + eps)
         for j in range(width):
             hidden[token, j] = (hidden[token, j] - mean) * scale * gain[j] + shift[j]
-    search(0, ids.shape[0], hidden, *search_arguments, scores, classes, counts)
+    search(0, ids.shape[0], hidden, *search_arguments, scores, classes, counts)  # pyright: ignore[reportCallIssue]
 
 
 class Plan:

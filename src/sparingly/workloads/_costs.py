@@ -12,8 +12,7 @@ from torch import Tensor
 
 from sparingly.compare import paired
 from sparingly.energy import count
-from sparingly.nn import SelectiveHead
-from sparingly.nn.plan import Plan
+from sparingly.nn import Plan, SelectiveHead
 from sparingly.selectors import Graph
 from sparingly.workloads._engines import Best, Torch, best_by_batch, best_engine, dense_engines
 from sparingly.workloads._speller import Recipe, Speller, train_dense, train_selective
