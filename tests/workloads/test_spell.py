@@ -133,7 +133,7 @@ def test_paired_difference():
 def test_a_few_dense_and_selective_steps_learn():
     vocabulary = Vocabulary(1_000)
     dev, _ = misspellings(vocabulary)
-    pairs = Pairs(dev.typed[:150], dev.classes[:150])
+    pairs = Pairs(dev.typed[:400], dev.classes[:400])
 
     def right(speller):
         best = exact_best(speller.eval(), speller.states(pairs.typed))
@@ -147,7 +147,7 @@ def test_a_few_dense_and_selective_steps_learn():
             list(train_dense(speller, Recipe(20_000, batch=256), float("inf")))
         else:
             list(train_selective(speller, Recipe(20_000, batch=256)))
-        assert right(speller) > before + 0.05
+        assert right(speller) > before + 0.02
 
 
 def test_synthetic_classes_have_neighbours_like_trained_ones():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -11,19 +13,30 @@ from sparingly.nn.bag import SelectiveBag
 from sparingly.nn.head import SelectiveHead
 from sparingly.ops._arrays import as_numpy, check_range
 from sparingly.ops._numba import axpy, kernel, prefetch_row
+from sparingly.ops._pages import request_huge_pages
 from sparingly.selectors import Graph
 from sparingly.selectors._graph_search import search
 
 
 @kernel
-def _answer(ids, table, gain, shift, eps, hidden, search_arguments, scores, classes, counts):
-    """Bag, LayerNorm and graph walk of every token; hidden [tokens, d] is working space."""
+def _answer(ids, table, gain, shift, eps, search_arguments, scores, classes):
+    """Bag, LayerNorm and graph walk of every token; False, with nothing written, if an id is out of range.
+
+    Scores end in infinity or NaN where the answer is not complete.
+    """
     width = table.shape[1]
+    for token in range(ids.shape[0]):
+        for j in range(ids.shape[1]):
+            if ids[token, j] < -1 or ids[token, j] >= table.shape[0]:
+                return False
+    hidden = np.empty((ids.shape[0], width), np.float32)
+    counts = np.empty((ids.shape[0], 3), np.int64)
     for token in range(ids.shape[0]):
         for j in range(ids.shape[1]):
             if ids[token, j] >= 0:
                 prefetch_row(table, ids[token, j])
-        hidden[token] = np.float32(0.0)
+        for j in range(width):
+            hidden[token, j] = np.float32(0.0)
         used = 0
         for j in range(ids.shape[1]):
             if ids[token, j] >= 0:
@@ -42,6 +55,7 @@ def _answer(ids, table, gain, shift, eps, hidden, search_arguments, scores, clas
         for j in range(width):
             hidden[token, j] = (hidden[token, j] - mean) * scale * gain[j] + shift[j]
     search(0, ids.shape[0], hidden, *search_arguments, scores, classes, counts)  # pyright: ignore[reportCallIssue]
+    return True
 
 
 class Plan:
@@ -75,7 +89,9 @@ class Plan:
                 raise ValueError(f"{name} must be on the CPU, got {tensor.device}")
         if bag.weight.dtype != torch.float32 or norm.weight.dtype != torch.float32:
             raise TypeError(f"bag and norm must be float32, got {bag.weight.dtype} and {norm.weight.dtype}")
-        self._modules, self.k, self._width = (bag, norm, head), k, bag.dim
+        self._modules, self.k = (bag, norm, head), k
+        for tensor in (bag.weight, head.weight):
+            request_huge_pages(tensor.detach())  # Only faster where the system grants it.
         parts = (as_numpy(bag.weight), as_numpy(norm.weight), as_numpy(norm.bias), np.float32(norm.eps))
         self._trunk, self._search = parts, selector.arguments(head.weight, head.bias, head.scale, k)
 
@@ -89,10 +105,9 @@ class Plan:
         if ledger.active():
             return head.topk(norm(bag(ids)), self.k)
         tokens = ids.shape[0]
-        check_range(ids, bag.num_rows)
         scores, classes = np.empty((tokens, self.k), np.float32), np.empty((tokens, self.k), np.int64)
-        hidden, counts = np.empty((tokens, self._width), np.float32), np.empty((tokens, 3), np.int64)
-        _answer(ids.numpy(), *self._trunk, hidden, self._search, scores, classes, counts)
-        if not np.isfinite(scores[:, -1]).all():
+        if not _answer(ids.numpy(), *self._trunk, self._search, scores, classes):
+            check_range(ids, bag.num_rows)
+        if not all(map(math.isfinite, scores[:, -1].tolist())):
             return head.topk(norm(bag(ids)), self.k)
         return torch.from_numpy(scores), torch.from_numpy(classes)

@@ -21,6 +21,8 @@ from sparingly.ops._numba import (
 
 META_BYTES = 8
 """Bytes at a record's end that are not code: scale and bias, float32 each."""
+EXACT = 32
+"""Best of the pool that get exact scores: of 289,000 word vectors the records' best 32 always held the exact best."""
 DONE = np.int32(1 << 30)
 """Bit of an id in the pool whose neighbours were scored."""
 
@@ -128,6 +130,9 @@ def walk(
         first = size
         for j in range(count):
             value = score(codes, meta, fresh[j], query, query_scale)
+            # What lies further behind the best than slack is never looked at: it need not be kept either.
+            if value < pool_scores[0] - slack:
+                continue
             size, where = _insert(pool_scores, pool_ids, size, beam, value, fresh[j])
             if where < first:
                 first = where
@@ -164,7 +169,7 @@ def search(
     classes,
     counts,
 ):
-    """Tokens start..stop: walk, then the exact scores of the pool, best k. counts [tokens, 3]: scored, lists, exact.
+    """Tokens start..stop: walk, exact scores of the pool's first, best k. counts [tokens, 3]: scored, lists, exact.
 
     projection [c, d] float32. rows [N, d] float32, bfloat16 bits or int8 with scale [N]; bias [N] or empty.
     scores, classes [tokens, k]; -1 where the pool held fewer.
@@ -194,6 +199,7 @@ def search(
             pool_ids,
             slack,
         )
+        size = min(size, max(EXACT, scores.shape[1]))
         for place in range(size):
             pool_ids[place] &= id_bits
             prefetch_row(rows, pool_ids[place])

@@ -100,7 +100,8 @@ def _saving(
             answer(part("selective", ids, batch))
 
     scale = max(1, best.batch // batch) * batch / best.batch
-    ratio = paired(dense, selective, pairs=max(10, rounds * 3), threads=best.threads)
+    # Samples of 50 ms: either side runs as it would in a row, not on caches that the other has just emptied.
+    ratio = paired(dense, selective, pairs=max(10, rounds * 3), threads=best.threads, min_sample_s=0.05)
     with torch.inference_mode(), count() as full:
         Torch(speller.head).answer(speller.hidden(dense_ids))
     tokens = ids[:256]
