@@ -97,7 +97,7 @@ class Graph(Selector):
 
     def settings(self) -> list[int]:
         """Beams from 8 to 512, cheapest first."""
-        return [8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+        return [8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512]
 
     def fit(self, bank: Tensor, bias: Tensor | None = None) -> None:
         """Build records and lists; 289,000 rows of 256 take about 70 processor-seconds.

@@ -131,7 +131,7 @@ class Spell:
         index_s = time.process_time() - start
         self.say("choosing how sparing to be", None)
         start = time.process_time()
-        report = speller.head.tune(speller.states(self.pairs[0].typed), agreement=0.99, confidence=0.95)
+        report = speller.head.tune(speller.states(self.pairs[0].typed), agreement=0.992, confidence=0.95)
         tune_s = time.process_time() - start
         save(speller, self.model_file)
         steps = max(1, self.recipe.examples // self.recipe.batch)
