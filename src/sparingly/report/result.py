@@ -189,7 +189,8 @@ def _savings(raw: Mapping[str, Any]) -> Iterator[Saving]:
             rulers = {ruler: Interval.of(saving.get(ruler)) for ruler in RULERS}
             present = {ruler: value for ruler, value in rulers.items() if value is not None}
             if present:
-                yield Saving(job, precision, present, (entry or {}).get("engine"))
+                own = "engine_int8" if key == "saving_int8" else "engine"
+                yield Saving(job, precision, present, (entry or {}).get(own) or (entry or {}).get("engine"))
 
 
 def number(raw: Any) -> float | None:
