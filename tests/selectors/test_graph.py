@@ -136,6 +136,16 @@ def test_state_dict_round_trip(graph, world):
     assert torch.equal(graph.topk(hidden, bank, bias, 3)[1], other.topk(hidden, bank, bias, 3)[1])
 
 
+def test_loading_over_a_fit_that_was_used_replaces_all_of_it(graph, world):
+    bank, bias, hidden = world
+    used = Graph.from_config(graph.config())
+    used.fit(bank.flip(0), bias.flip(0))
+    graph.setting = used.setting = 4
+    used.topk(hidden, bank.flip(0), bias.flip(0), 1)
+    used.load_state_dict(graph.state_dict())
+    assert torch.equal(graph.topk(hidden, bank, bias, 1)[1], used.topk(hidden, bank, bias, 1)[1])
+
+
 def test_two_fits_are_the_same(graph, world):
     bank, bias, _ = world
     again = Graph(degree=24, entries=32, slack=math.inf)

@@ -128,18 +128,11 @@ class Graph(Selector):
         """The beam's units, -1 where the walk found fewer: ids [tokens, setting]."""
         beam = min(self.setting, self.num_units)
         nothing = torch.zeros(self.num_units, 0)
-        _, ids = self.topk(hidden, nothing, None, beam, walk_only=True)
+        _, ids = self.topk(hidden, nothing, None, beam)
         return Selection(ids=ids, num_units=self.num_units)
 
     def topk(
-        self,
-        hidden: Tensor,
-        bank: Tensor,
-        bias: Tensor | None,
-        k: int,
-        scale: Tensor | None = None,
-        *,
-        walk_only: bool = False,
+        self, hidden: Tensor, bank: Tensor, bias: Tensor | None, k: int, scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """As in :class:`Selector`; the walk and the exact scores run as one compiled call a token."""
         self.check_fitted()
@@ -234,6 +227,10 @@ class Graph(Selector):
         place = torch.randint(self.degree, (count,), device=targets.device)
         ids = self.neighbours[chosen, place].long()
         return ids[ids >= 0]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._arrays = None  # Loading writes into the same memory, and the entries' records are a copy.
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_arrays": None}

@@ -164,7 +164,6 @@ class Spell:
             **{name: share(right) for name, right in answers.items()},
             "difference": difference(answers["selective"], answers["exact_same_weights"]),
             "agreement": share((found[:, 0] == exact[:, 0]).numpy()),
-            "selective_right": answers["selective"].tolist(),
         }
 
     def dense_twin(self, budget_s: float) -> dict[str, Any]:
@@ -347,11 +346,12 @@ def predict(speller: Speller, typed: str, k: int = 5) -> dict[str, Any]:
     chance = torch.softmax(scores[0].double(), 0)
     own = typed.strip().lower()
     words = [(speller.vocabulary.words[int(c)], float(p)) for c, p in zip(classes[0], chance, strict=True)]
+    exact = scored(speller, states)
     return {
         "typed": typed,
         "answers": [[word, p] for word, p in words if word != own][:k],
-        "classes_scored": len(scored(speller, states)),
-        "ids_scored": scored(speller, states)[:400],
+        "classes_scored": len(exact),
+        "ids_scored": exact[:400],
         "cpu_s": cpu_s,
         "macs": ledger.macs,
         "bytes": ledger.bytes,
