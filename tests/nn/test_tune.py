@@ -19,7 +19,7 @@ class Known(sp.Selector):
         super().__init__()
         self.chances = chances
 
-    def fit(self, bank: Tensor, bias: Tensor | None = None) -> None:
+    def fit(self, bank: Tensor, bias: Tensor | None = None, hidden: Tensor | None = None) -> None:
         self.num_units = bank.shape[0]
 
     def select(self, hidden: Tensor) -> sp.Selection:

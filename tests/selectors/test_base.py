@@ -24,7 +24,7 @@ class Largest(Selector):
         self.inner.register_buffer("lengths", torch.empty(0))
         self.router = torch.nn.Parameter(torch.zeros(0, 3))
 
-    def fit(self, bank: Tensor, bias: Tensor | None = None) -> None:
+    def fit(self, bank: Tensor, bias: Tensor | None = None, hidden: Tensor | None = None) -> None:
         check_bank(bank, bias)
         lengths = bank.norm(dim=1)
         self.chosen = lengths.topk(self.budget).indices

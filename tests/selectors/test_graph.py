@@ -198,3 +198,9 @@ def test_bad_options(options, message):
 def test_unfitted_raises():
     with pytest.raises(RuntimeError, match="not fitted"):
         Graph().topk(torch.zeros(1, 4), torch.zeros(3, 4), None, 1)
+
+
+def test_no_tokens_give_no_answers(graph, world):
+    bank, bias, hidden = world
+    scores, classes = graph.topk(hidden[:0], bank, bias, 3)
+    assert scores.shape == classes.shape == (0, 3)

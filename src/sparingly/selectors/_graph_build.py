@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparingly.ops._numba import dot_i8_i8, kernel
 from sparingly.ops._threads import run_chunks
-from sparingly.selectors._graph_search import DONE, META_BYTES, walk
+from sparingly.selectors._graph_search import BLOCK, ID_BITS, META_BYTES, SLOTS, TABLE, walk
 
 MEMBERS = 256
 """Rows per cluster, on average and at least, before each row joins JOINS of them."""
@@ -168,40 +168,36 @@ def _look(
     The query is the row's own direction, ``reach`` long, so that the walk meets what a real query for this class
     meets, large biases and norms included.
     """
-    beam = ids.shape[1]
-    np.float32(np.inf)
-    table = np.empty(8192, np.int32)
-    scores = np.empty(beam, np.float32)
-    found = np.empty(beam, np.int32)
-    query = np.zeros((1, codes.shape[1]), np.int8)
-    for i in range(start, stop):
-        row = first + i
-        query[0] = codes[row]
-        scale = np.float32(reach) / max(lengths[row], np.float32(1e-20))
-        size, _, _ = walk(
-            query,
-            scale,
+    tables = np.empty((SLOTS, TABLE), np.int32)
+    counts = np.empty((BLOCK, 3), np.int64)
+    for low in range(start, stop, BLOCK):
+        high = min(low + BLOCK, stop)
+        scales = np.float32(reach) / np.maximum(lengths[first + low : first + high], np.float32(1e-20))
+        walk(
+            codes[first + low : first + high],
+            scales,
             records,
             meta,
             entry_records,
             entry_meta,
             entries,
             lists,
-            table,
-            scores,
-            found,
+            tables,
             np.float32(np.inf),
+            near[low:high],
+            ids[low:high],
+            counts,
         )
-        kept = 0
-        for place in range(size):
-            other = found[place] & (DONE - np.int32(1))
-            if other != row:
-                ids[i, kept] = other
-                near[i, kept] = np.float32(dot_i8_i8(codes, other, codes, row)) / (lengths[other] * lengths[row])
-                kept += 1
-        for place in range(kept, beam):
-            ids[i, place] = -1
-            near[i, place] = -np.inf
+        for i in range(low, high):
+            row, kept = first + i, 0
+            for place in range(counts[i - low, 2]):
+                other = ids[i, place] & ID_BITS
+                if other != row:
+                    ids[i, kept] = other
+                    near[i, kept] = np.float32(dot_i8_i8(codes, other, codes, row)) / (lengths[other] * lengths[row])
+                    kept += 1
+            ids[i, kept:] = -1
+            near[i, kept:] = -np.inf
 
 
 def build(

@@ -54,8 +54,10 @@ class Selector(nn.Module, ABC):
         return self.num_units >= 0
 
     @abstractmethod
-    def fit(self, bank: Tensor, bias: Tensor | None = None) -> None:
+    def fit(self, bank: Tensor, bias: Tensor | None = None, hidden: Tensor | None = None) -> None:
         """Fit to a bank [num_units, d], any float dtype, and its bias [num_units].
+
+        hidden: finite [n, d], inputs like those to come; selectors that have no use for them ignore them.
 
         Raises ValueError or TypeError for a bad bank (see :func:`check_bank`); the old fit then stays.
         """

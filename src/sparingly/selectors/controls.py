@@ -48,7 +48,7 @@ class Dense(Selector):
         """Always True: there is nothing to learn."""
         return True
 
-    def fit(self, bank: Tensor, bias: Tensor | None = None) -> None:
+    def fit(self, bank: Tensor, bias: Tensor | None = None, hidden: Tensor | None = None) -> None:
         """Remember how many units there are. See :meth:`Selector.fit`."""
         check_bank(bank, bias)
         self.num_units = bank.shape[0]
@@ -77,7 +77,7 @@ class Random(Selector):
         super().__init__()
         self.budget = _check_budget(budget)
 
-    def fit(self, bank: Tensor, bias: Tensor | None = None) -> None:
+    def fit(self, bank: Tensor, bias: Tensor | None = None, hidden: Tensor | None = None) -> None:
         """Remember how many units there are. See :meth:`Selector.fit`."""
         check_bank(bank, bias)
         self.num_units = bank.shape[0]
@@ -114,7 +114,7 @@ class Oracle(Selector):
         """True after :meth:`fit`; the bank is not part of the saved state."""
         return 0 < self.num_units == self.bank.shape[0]
 
-    def fit(self, bank: Tensor, bias: Tensor | None = None) -> None:
+    def fit(self, bank: Tensor, bias: Tensor | None = None, hidden: Tensor | None = None) -> None:
         """Look at this bank from now on. See :meth:`Selector.fit`."""
         check_bank(bank, bias)
         self.bank, self.bias = bank.detach(), None if bias is None else bias.detach()

@@ -134,7 +134,7 @@ class Partition(Selector):
     # -- fitting
 
     @torch.no_grad()
-    def fit(self, bank: Tensor, bias: Tensor | None = None) -> None:
+    def fit(self, bank: Tensor, bias: Tensor | None = None, hidden: Tensor | None = None) -> None:
         """Group the classes of a bank [num_units, d].
 
         The first time, or for a bank of another shape, groups and router come from clustering the rows. Later, a
