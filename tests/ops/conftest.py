@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sparingly.ops import clear_fallbacks
+from sparingly.ops import _threads, clear_fallbacks
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,31 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make even small work run in two chunks."""
-    from sparingly.ops import _threads
 
     monkeypatch.setattr(_threads, "MIN_CHUNK_BYTES", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+@pytest.fixture
+def many_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, int], list[tuple[int, int]]]:
+    """A function: make even small work of a kernel's module run on so many threads; returns the chunks begun, a list.
+
+    It watches ``run_chunks`` and not the chunk's function: compiled code that names that one could not be compiled.
+    """
+
+    def use(module: Any, threads: int) -> list[tuple[int, int]]:
+        begun: list[tuple[int, int]] = []
+
+        def watch(function: Callable[..., object], *args: Any, **options: Any) -> None:
+            def noted(start: int, stop: int, *rest: Any) -> None:
+                begun.append((start, stop))
+                function(start, stop, *rest)
+
+            _threads.run_chunks(noted, *args, **options)
+
+        monkeypatch.setattr(_threads, "MIN_CHUNK_BYTES", 1)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(module, "run_chunks", watch)
+        return begun
+
+    return use

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparingly.ops import fallbacks, gather_accumulate
-from sparingly.ops.gather_accumulate import OP
+from sparingly.ops.gather_accumulate import OP, cpu
 from sparingly.ops.gather_accumulate.reference import reference
 
 ROWS = [torch.float32, torch.bfloat16, torch.int8]
@@ -40,6 +40,27 @@ def test_one_wrong_id_is_noticed(make, error, dtype):
 def test_two_chunks_equal_one(make, two_threads, error, shape):
     case = make(**shape)
     assert error(gather_accumulate(case.weights, case.rows, case.ids), answer(case)) < TOLERANCE
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("shape", [{"tokens": 1, "k": 40}, {"tokens": 2, "k": 5}, {"tokens": 3, "k": 13}])
+@pytest.mark.parametrize("dtype", ROWS)
+def test_threads_share_the_rows_of_a_token(make, many_threads, error, poisoned, dtype, shape, threads):
+    case = make(dtype, **shape)
+    started = many_threads(cpu, threads)
+    sums = gather_accumulate(case.weights, case.rows, case.ids, case.scale)
+    assert sorted(started) == [(chunk, chunk + 1) for chunk in range(min(threads, case.ids.numel()))]
+    assert error(sums, answer(case)) < TOLERANCE
+    assert torch.equal(gather_accumulate(case.weights, case.rows, case.ids, case.scale), sums)
+
+
+def test_tokens_that_have_only_pads_on_some_threads(make, many_threads, error, poisoned):
+    case = make(tokens=2, k=24)
+    case.ids[0, :20], case.ids[1] = -1, -1
+    case.valid = case.ids >= 0
+    many_threads(cpu, 4)
+    sums = gather_accumulate(case.weights, case.rows, case.ids)
+    assert error(sums, answer(case)) < TOLERANCE and (sums[1] == 0).all()
 
 
 def test_pads_add_nothing(make):

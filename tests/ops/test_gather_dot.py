@@ -118,6 +118,22 @@ def test_strided_hidden_and_ids(make, error):
     assert error(gather_dot(hidden, case.rows, ids, None, case.bias), answer(case)) < TOLERANCE
 
 
+def test_memory_that_cannot_be_addressed_is_refused(make):
+    case = make()
+    with pytest.raises(RuntimeError, match="resolve_neg"):
+        gather_dot(torch._neg_view(case.hidden), case.rows, case.ids)  # pyright: ignore[reportPrivateImportUsage]
+    with pytest.raises(RuntimeError):
+        gather_dot(case.hidden, case.rows.to_mkldnn(), case.ids)
+
+
+def test_another_default_device_does_not_matter(make):
+    case = make()
+    expected = gather_dot(case.hidden, case.rows, case.ids)
+    with torch.device("meta"):
+        scores = gather_dot(case.hidden, case.rows, case.ids)
+    assert torch.equal(scores, expected)
+
+
 def test_nan_and_infinity_pass_through(make):
     case = make()
     case.hidden[1, 0] = float("nan")

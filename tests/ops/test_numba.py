@@ -12,12 +12,12 @@ from sparingly.ops._arrays import as_numpy
 def test_int8_dot_is_exact(d):
     random = np.random.default_rng(0)
     left, right = (random.integers(-128, 128, (3, d)).astype(np.int8) for _ in range(2))
-    assert _numba.dot_i8_i8(left, 2, right, 1) == left[2].astype(np.int64) @ right[1].astype(np.int64)
+    assert _numba.dot_i8(left, 2, right, 1) == left[2].astype(np.int64) @ right[1].astype(np.int64)
 
 
 def test_int8_dot_of_the_largest_width():
     extreme = np.full((1, 131_071), -128, dtype=np.int8)
-    assert _numba.dot_i8_i8(extreme, 0, extreme, 0) == 131_071 * 128 * 128
+    assert _numba.dot_i8(extreme, 0, extreme, 0) == 131_071 * 128 * 128
 
 
 def test_bfloat16_is_widened_exactly():

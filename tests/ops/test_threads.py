@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import gc
+import os
+import signal
 import threading
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,7 +13,7 @@ import pytest
 import torch
 
 from sparingly.ops import gather_accumulate, gather_dot, topk_rows
-from sparingly.ops._threads import MIN_CHUNK_BYTES, chunks_for, run_chunks
+from sparingly.ops._threads import MIN_CHUNK_BYTES, chunks_for, most_alone, run_chunks
 
 BIG = 100 * MIN_CHUNK_BYTES
 
@@ -51,6 +56,79 @@ def test_an_error_arrives_after_all_chunks_have_ended(threads, failing):
     with pytest.raises(KeyError, match=str(failing)):
         run_chunks(visit, 4, BIG)
     assert sorted(ended) == [start for start in range(4) if start != failing]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer signal")
+def test_an_interrupted_wait_frees_nothing_that_a_chunk_still_uses(threads):
+    class Memory:
+        pass
+
+    class Interrupt(Exception):
+        pass
+
+    def interrupt(*_):
+        raise Interrupt
+
+    def visit(start, stop):
+        if start == 0:
+            go_on.wait(20)
+
+    go_on, memory = threading.Event(), Memory()
+    alive = weakref.ref(memory)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(Interrupt) as caught:
+            run_chunks(visit, 4, BIG, keep=memory)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    del memory, caught
+    gc.collect()
+    assert alive() is not None
+    go_on.set()
+    deadline = time.monotonic() + 20
+    while alive() is not None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert alive() is None
+
+
+def test_a_worker_reports_what_is_no_exception_too(threads):
+    def visit(start, stop):
+        if start == 0:
+            raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        run_chunks(visit, 4, BIG)
+    counts = np.zeros(4)
+    run_chunks(lambda start, stop: counts.__setitem__(start, 1), 4, BIG)
+    assert counts.all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_has_threads_of_its_own(threads):
+    run_chunks(lambda start, stop: None, 4, BIG)
+    child = os.fork()
+    if child == 0:
+        counts = np.zeros(4)
+        run_chunks(lambda start, stop: counts.__setitem__(start, 1), 4, BIG)
+        os._exit(0 if counts.all() else 1)
+    deadline = time.monotonic() + 20
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if done == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert done == (child, 0)
+
+
+@pytest.mark.parametrize("row_bytes", [0, 1, 512, MIN_CHUNK_BYTES, 3 * MIN_CHUNK_BYTES])
+def test_most_alone_is_where_a_second_chunk_begins(threads, row_bytes):
+    most = most_alone(row_bytes)
+    assert chunks_for(10**9, most * row_bytes) == 1
+    if row_bytes:
+        assert chunks_for(10**9, (most + 1) * row_bytes) > 1
 
 
 def test_four_threads_call_kernels_at_once(make, two_threads):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparingly.ops import fallbacks, gather_dot, topk_rows
-from sparingly.ops.topk_rows import OP
+from sparingly.ops.topk_rows import OP, cpu
 from sparingly.ops.topk_rows.reference import reference
 
 ROWS = [torch.float32, torch.bfloat16, torch.int8]
@@ -49,6 +49,30 @@ def test_one_wrong_id_is_noticed(make, error):
 def test_two_chunks_equal_one(make, two_threads):
     case = make()
     assert torch.equal(topk_rows(case.hidden, case.rows, case.ids, 4, None, case.bias)[1], answer(case, 4)[1])
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("k", [1, 4, 60])
+@pytest.mark.parametrize("shape", [{"tokens": 1, "k": 40}, {"tokens": 2, "k": 5}, {"tokens": 3, "k": 13}])
+def test_threads_share_the_rows_of_a_token(make, many_threads, poisoned, shape, k, threads):
+    case = make(torch.int8, **shape)
+    args = (case.hidden, case.rows, case.ids, k, case.scale, case.bias)
+    alone = topk_rows(*args)
+    started = many_threads(cpu, threads)
+    scores, classes = topk_rows(*args)
+    assert sorted(started) == [(chunk, chunk + 1) for chunk in range(min(threads, case.ids.numel()))]
+    assert torch.equal(scores, alone[0]) and torch.equal(classes, alone[1])
+    assert torch.equal(classes, answer(case, k)[1])
+
+
+@pytest.mark.parametrize("score", [0.0, float("nan"), -torch.inf])
+def test_of_equal_scores_the_first_wins_across_threads(make, many_threads, score):
+    case = make(tokens=1, k=40)
+    bias = torch.full_like(case.bias, score)
+    many_threads(cpu, 4)
+    scores, classes = topk_rows(case.hidden, torch.zeros_like(case.rows), case.ids, 12, None, bias)
+    assert classes[0].tolist() == case.ids[case.valid][:12].tolist()
+    assert torch.equal(scores[0], bias[:12]) or scores.isnan().all()
 
 
 @pytest.mark.parametrize("compute", [topk_rows, reference])

@@ -83,13 +83,15 @@ def from_f32(typingctx, value, like):
 @intrinsic
 def _multiply_add_i32(typingctx, total, left, right):
     """total + left * right in int32; Numba itself would widen to int64 and lose the packed instructions."""
+    if {left, right} - {types.int8, types.int16}:
+        return None
 
     def codegen(context, builder, signature, args):
         wide = ir.IntType(32)
         product = builder.mul(builder.sext(args[1], wide), builder.sext(args[2], wide), flags=["nsw"])
         return builder.add(args[0], product, flags=["nsw"])
 
-    return types.int32(types.int32, types.int8, types.int8), codegen
+    return types.int32(types.int32, left, right), codegen
 
 
 @intrinsic
@@ -170,8 +172,11 @@ def dot(rows, row, vectors, vector):
 
 
 @inlined
-def dot_i8_i8(rows, row, vectors, vector):
-    """``rows[row] . vectors[vector]`` of two int8 arrays, int32; exact up to 131,071 elements."""
+def dot_i8(rows, row, vectors, vector):
+    """``rows[row] . vectors[vector]`` of values within -128..127, int32, exact up to 131,071 elements.
+
+    Either array is int8, or int16, which spares a vector that is used often its widening: 5 % of a walk.
+    """
     total = np.int32(0)
     for j in range(rows.shape[1]):
         total = _multiply_add_i32(total, rows[row, j], vectors[vector, j])
