@@ -109,7 +109,7 @@ def test_the_page_has_every_chart_and_each_says_what_it_shows():
         "P@1 against processor time per answer",
         "Processor time per answer against the number of classes",
         "P@1 during training",
-        "P@1 against training time at 20,000 classes, both trained to the end",
+        "P@1 against training time at 20,000 classes, both trained at length",
     ]
     assert names[4:] == [f"Classes scored for {w}" for w in ("recieve", "acomodate", "definately", "seperate")]
 

@@ -8,12 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
-import sparingly as sp
 from sparingly.workloads import spell
 from sparingly.workloads._parts import Parts
-from sparingly.workloads._scaling import synthetic
 from sparingly.workloads._speller import Recipe, Speller, exact_best, other_than_typed, train_dense, train_selective
 from sparingly.workloads.spell_data import Pairs, Vocabulary, misspellings
 
@@ -148,22 +145,3 @@ def test_a_few_dense_and_selective_steps_learn():
         else:
             list(train_selective(speller, Recipe(20_000, batch=256)))
         assert right(speller) > before + 0.02
-
-
-def test_synthetic_classes_have_neighbours_like_trained_ones():
-    vocabulary = Vocabulary(9_000)
-    speller = Speller(vocabulary)
-    speller.name_classes()
-    speller.head.refresh()
-    rows, bias = synthetic(speller.head, 12_000)
-    assert rows.shape == (12_000, 256) and bias.shape == (12_000,)
-
-    def nearest(rows):
-        unit = torch.nn.functional.normalize(rows, dim=1)
-        similar = unit[-300:] @ unit.T
-        similar[torch.arange(300), torch.arange(len(rows) - 300, len(rows))] = -1
-        return similar.amax(1).mean().item()
-
-    trained, noise = nearest(speller.head.weight.detach()), nearest(torch.randn(12_000, 256))
-    assert nearest(rows) > (trained + noise) / 2
-    assert isinstance(speller.head.selector, sp.Graph)

@@ -114,7 +114,7 @@ def cost_against_classes(workload: Workload) -> str:
 
 
 def equal_quality(workload: Workload) -> str:
-    """Quality against the processor time of training, both sides trained to the end on fewer classes."""
+    """Quality against the processor time of training, both sides trained at length on fewer classes."""
     marks = [
         charts.Mark(m.name, m.kind, m.training_cpu_s, m.quality.value, m.quality.bounds)
         for m in workload.converged
@@ -124,14 +124,14 @@ def equal_quality(workload: Workload) -> str:
         return ""
     svg = charts.scatter(
         marks,
-        title=f"{workload.metric} against training time at 20,000 classes, both trained to the end",
+        title=f"{workload.metric} against training time at 20,000 classes, both trained at length",
         description="; ".join(f"{m.label}: {percent(m.y)} after {seconds(m.x)}" for m in marks),
-        x_label="processor time spent on training, to the end",
+        x_label="processor time spent on training",
         y_label=workload.metric,
         x_words=seconds,
         y_words=_share,
     )
-    return _figure("Both trained to the end", "At 20,000 classes, where dense can be. The upright axis is cut.", svg)
+    return _figure("Both trained at length", "At 20,000 classes, where dense can be. The upright axis is cut.", svg)
 
 
 CHARTS = (quality_against_time, quality_against_energy, cost_against_classes, training_curve, equal_quality)

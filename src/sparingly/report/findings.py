@@ -38,7 +38,7 @@ def comparisons(workload: Workload) -> Iterator[tuple[str, str]]:
     by_kind = {method.kind: method for method in workload.converged}
     dense, selective = by_kind.get("dense"), by_kind.get("selective")
     if dense and selective:
-        text = f"20,000 classes, both trained to the end: {percent(selective.quality.value)} against dense "
+        text = f"20,000 classes, both trained at length: {percent(selective.quality.value)} against dense "
         text += percent(dense.quality.value)
         if dense.training_cpu_s and selective.training_cpu_s:
             ratio = dense.training_cpu_s / selective.training_cpu_s
@@ -99,7 +99,7 @@ def losses(workload: Workload) -> list[str]:
     by_kind = {method.kind: method.quality for method in workload.converged}
     if len(by_kind) == 2 and _below(by_kind["selective"], by_kind["dense"]):
         gap = _points(by_kind["selective"].value - by_kind["dense"].value)
-        found.append(f"{gap} against dense at 20,000 classes, both trained to the end")
+        found.append(f"{gap} against dense at 20,000 classes, both trained at length")
     if workload.null_test is not None and not null_test_holds(workload):
         found.append("the A/A null test leaves out 1: do not trust the timings of this run")
     return found

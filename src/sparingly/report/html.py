@@ -135,7 +135,7 @@ def _losses(workload: Workload) -> str:
 
 def _quality(workload: Workload) -> str:
     rows = [_quality_row(method) for method in workload.methods]
-    rows += [_quality_row(method, "20,000 classes, trained to the end: ") for method in workload.converged]
+    rows += [_quality_row(method, "20,000 classes, trained at length: ") for method in workload.converged]
     heads = [escape(workload.metric) + ", 95 % interval", "processor time per answer", "processor time of training"]
     return _table("Quality", ["method", *heads], rows)
 

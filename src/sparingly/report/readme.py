@@ -91,7 +91,7 @@ def _others(workload: Workload) -> Iterator[list[str]]:
         spent = [f" in {seconds(m.training_cpu_s)}" if m.training_cpu_s else "" for m in (own, dense)]
         ratio = times(dense.training_cpu_s / own.training_cpu_s) if dense.training_cpu_s and own.training_cpu_s else ""
         cells = [f"{percent_interval(m.quality)}{cost}" for m, cost in zip((own, dense), spent, strict=True)]
-        yield ["20,000 classes, both trained to the end", cells[0], f"dense: {cells[1]}", ratio]
+        yield ["20,000 classes, both trained at length", cells[0], f"dense: {cells[1]}", ratio]
     mine = workload.method("selective")
     for other in workload.methods:
         if other.kind == "incumbent" and mine and other.answer_cpu_s and mine.answer_cpu_s:

@@ -19,6 +19,8 @@ from sparingly.ops._threads import run_chunks
 
 FOUND = 16
 """Best classes of an input that are linked to its very best."""
+SHARE = 0.5
+"""Of a list, at most, for links from inputs; the rest keeps what it held before."""
 
 
 @kernel
@@ -77,7 +79,7 @@ def _relink(start, stop, begins, towards, shares, lists, most):
 
 
 def link(lists: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """New lists int32 [n, degree]: links from inputs in front, in up to half of each list, then what it held before.
+    """New lists int32 [n, degree]: links from inputs in front, in up to SHARE of each list, then what it held before.
 
     found: int64 [inputs, FOUND], the best classes of each input, best first, -1 where there were fewer.
     """
@@ -88,5 +90,5 @@ def link(lists: np.ndarray, found: np.ndarray) -> np.ndarray:
     towards, shares = np.empty(begins[-1], np.int32), np.empty(begins[-1], np.float32)
     _spread(found, begins[1:].copy(), towards, shares)
     linked = lists.copy()
-    run_chunks(_relink, len(lists), towards.nbytes * 16, begins, towards, shares, linked, lists.shape[1] // 2)
+    run_chunks(_relink, len(lists), towards.nbytes * 16, begins, towards, shares, linked, int(SHARE * lists.shape[1]))
     return linked

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparingly.ops._numba import dot, dot_i8_i8, heap_clear, heap_push, heap_sort, inlined, kernel, prefetch_row
+from sparingly.ops._numba import dot, dot_i8, heap_clear, heap_push, heap_sort, inlined, kernel, prefetch_row
 
 META_BYTES = 8
 """Bytes at a record's end that are not code: scale and bias, float32 each."""
 EXACT = 32
-"""Best of the pool that get exact scores, at least: of 289,000 word vectors the records' best 32 always held the best."""
+"""Best of the pool that get exact scores, at least: on trained word vectors 8 lost 0.2 % of the best classes."""
 SLOTS = 8
 """Walks that go in turns: while one waits for memory the others go on."""
 BLOCK = 64
@@ -27,7 +27,7 @@ ID_BITS = DONE - np.int32(1)
 
 @kernel
 def encode(vector, codes, row):
-    """Write float32 ``vector`` [c] as int8 into ``codes[row, :c]``; returns the scale of a code."""
+    """Write float32 ``vector`` [c] as integers of 8 bits into ``codes[row, :c]``; returns the scale of a code."""
     largest = np.float32(0.0)
     for j in range(vector.shape[0]):
         largest = max(largest, abs(vector[j]))
@@ -51,7 +51,7 @@ def encode_rows(start, stop, projected, bias, codes, meta):
 def score(codes, meta, row, queries, query, query_scale):
     """Approximate logit of a class: its record against a query's code, whose tail is zero."""
     last = meta.shape[1]
-    return np.float32(dot_i8_i8(codes, row, queries, query)) * meta[row, last - 2] * query_scale + meta[row, last - 1]
+    return np.float32(dot_i8(codes, row, queries, query)) * meta[row, last - 2] * query_scale + meta[row, last - 1]
 
 
 @inlined
@@ -115,11 +115,11 @@ def walk(
 ):
     """Best-first walks of tokens 0..n; fills their pools and counts [n, 3]: records scored, lists read, pool size.
 
-    queries int8 [n, bytes] with scales [n]. tables int32 [slots, a power of 2]: so many walks take turns, and each asks
-    for what it will read before its turn ends, so that memory's delays overlap. A pool, scores and ids [n, beam], is
-    sorted best first; an id in it has the bit DONE set once its neighbours were scored. A walk ends when every class of
-    its pool within ``slack`` of the best one was (Malkov and Yashunin 2020, algorithm 2, on one layer), or when its
-    table is three quarters full.
+    queries int8 or int16 [n, bytes] with scales [n]. tables int32 [slots, a power of 2]: so many walks take turns, and
+    each asks for what it will read before its turn ends, so that memory's delays overlap. A pool, scores and ids
+    [n, beam], is sorted best first; an id in it has the bit DONE set once its neighbours were scored. A walk ends when
+    every class of its pool within ``slack`` of the best one was (Malkov and Yashunin 2020, algorithm 2, on one layer),
+    or when its table is three quarters full.
     """
     tokens, beam = queries.shape[0], scores.shape[1]
     slots = tables.shape[0]
@@ -227,7 +227,7 @@ def search(
     scores, classes [tokens, k]; -1 where the pool held fewer.
     """
     block = max(1, min(BLOCK, stop - start))
-    queries = np.zeros((block, codes.shape[1]), np.int8)
+    queries = np.zeros((block, codes.shape[1]), np.int16)  # int8 values: see dot_i8
     scales = np.empty(block, np.float32)
     projected = np.empty(projection.shape[0], np.float32)
     tables = np.empty((min(SLOTS, block), table_size), np.int32)

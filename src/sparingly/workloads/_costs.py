@@ -20,7 +20,7 @@ from sparingly.workloads.spell_data import Vocabulary
 
 Say = Callable[[str, float | None], None]
 BATCHES = (1, 64, 256)
-"""Larger ones made no engine cheaper per token, here, nor did a second thread in processor time; see _engines.py."""
+"""Larger ones made no engine cheaper per token; see _engines.py."""
 
 
 def inference(speller: Speller, words: Sequence[str], rounds: int, say: Say) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def inference(speller: Speller, words: Sequence[str], rounds: int, say: Say) -> 
         )
         many = min([one, *by_batch.values()], key=lambda best: best.cpu_s)
         answer = compiled(speller, head)
-        own = min(BATCHES, key=lambda batch: _per_token(answer, ids[:batch]))
+        own = _best_batch(answer, ids)
         for mode, best, batch in (("batch_1", one, 1), ("best_batch", many, own)):
             saving, costs = _saving(speller, head, answer, best, ids, batch, precision, rounds)
             entry = result[mode]
@@ -67,13 +67,16 @@ def compiled(speller: Speller, head: SelectiveHead) -> Answer:
     return torch.inference_mode()(lambda ids: head.topk(speller.hidden(ids), k=5))
 
 
-def _per_token(answer: Answer, ids: Tensor, least_s: float = 0.2) -> float:
-    answer(ids)
-    start, calls = time.process_time(), 0
-    while time.process_time() - start < least_s:
-        answer(ids)
-        calls += 1
-    return (time.process_time() - start) / (calls * len(ids))
+def _best_batch(answer: Answer, ids: Tensor, rounds: int = 3) -> int:
+    """The batch size with the least processor time per token, each at the best of some rounds in turns."""
+    costs = {batch: float("inf") for batch in BATCHES}
+    for _ in range(rounds):
+        for batch in BATCHES:
+            start = time.process_time()
+            for part in ids.split(batch):
+                answer(part)
+            costs[batch] = min(costs[batch], (time.process_time() - start) / len(ids))
+    return min(BATCHES, key=costs.__getitem__)
 
 
 def _saving(
