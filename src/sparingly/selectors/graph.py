@@ -123,9 +123,7 @@ class Graph(Selector):
             if hidden is not None and rows.shape[0] > FOUND:
                 states = as_numpy(hidden.detach().float().cpu().contiguous())
                 views = walk_views(projection, records, torch.from_numpy(entries))
-                lists = self._linked(
-                    lists, states, (*views, lists), (as_numpy(rows), as_vector(None), as_vector(shift))
-                )
+                lists = self._linked(lists, states, views, (as_numpy(rows), as_vector(None), as_vector(shift)))
         self.projection, self.records = projection.to(bank.device), records.to(bank.device)
         self.neighbours = torch.from_numpy(lists).to(bank.device)
         self.entry_ids = torch.from_numpy(entries).to(bank.device)
@@ -134,13 +132,13 @@ class Graph(Selector):
     def _linked(
         self, lists: np.ndarray, states: np.ndarray, views: tuple[Any, ...], bank: tuple[Any, ...]
     ) -> np.ndarray:
-        """The lists with links from inputs: states [n, d]."""
+        """The lists with links from inputs: states [n, d]; views and bank as ``search`` takes them."""
         found = np.empty((len(states), FOUND), np.int64)
         begin, linked = 0, lists
         for end, beam in zip((-(-len(states) // 8), len(states)), LINK_BEAMS, strict=True):
             part, count = slice(begin, end), end - begin
             scores, counts = np.empty((count, FOUND), np.float32), np.empty((count, 3), np.int64)
-            arguments = (*views[:-1], linked, beam, np.float32(self._slack(beam)), TABLE, *bank)
+            arguments = (*views, linked, beam, np.float32(self._slack(beam)), TABLE, *bank)
             run_chunks(search, count, count * beam * 2048, states[part], *arguments, scores, found[part], counts)
             begin, linked = end, link(lists, found[:end])
         return linked
