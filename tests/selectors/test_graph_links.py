@@ -92,16 +92,17 @@ def test_the_same_inputs_give_the_same_lists_for_any_number_of_threads(world):
 
 def test_bad_inputs_leave_the_old_fit(world):
     bank, linking, _ = world
-    head = sp.SelectiveHead(D, N, bias=False, selector=Graph(degree=16, entries=16))
+    graph = Graph(degree=16, entries=16)
+    head = sp.SelectiveHead(D, N, bias=False, selector=graph)
     head.adopt(bank, None)
     head.refresh()
-    before = head.selector.neighbours.clone()
+    before = graph.neighbours.clone()
     for hidden, error in ((linking[:, 1:], ValueError), (torch.full((3, D), float("nan")), ValueError)):
         with pytest.raises(error):
             head.refresh(hidden)
-        assert torch.equal(head.selector.neighbours, before)
+        assert torch.equal(graph.neighbours, before)
     head.refresh(linking[:0])
-    assert torch.equal(head.selector.neighbours, before)
+    assert torch.equal(graph.neighbours, before)
 
 
 def test_walks_in_turns_end_as_walks_alone(world):
