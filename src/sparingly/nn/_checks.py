@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sparingly.ops._arrays import FLOATS
+from sparingly.ops._arrays import FLOATS, first_not_finite
 from sparingly.ops._numba import kernel as compiled
 
 
@@ -21,29 +20,9 @@ def check_hidden(hidden: Tensor, in_features: int, *, finite: bool = False) -> N
         raise ValueError(
             f"hidden must be [tokens, in_features] with in_features = {in_features}, got {list(hidden.shape)}"
         )
-    bad = _first_not_finite(hidden.detach()) if finite else -1
+    bad = first_not_finite(hidden.detach()) if finite else -1
     if bad >= 0:
         raise ValueError(f"hidden must be finite, got infinity or NaN for token {bad}")
-
-
-@compiled
-def _scan(hidden):
-    """The first row of hidden [tokens, d] with an infinity or NaN, or -1."""
-    for token in range(hidden.shape[0]):
-        total = np.float32(0.0)
-        for j in range(hidden.shape[1]):
-            total += hidden[token, j] * np.float32(0.0)
-        if total != 0.0:
-            return token
-    return -1
-
-
-def _first_not_finite(hidden: Tensor) -> int:
-    # For one token PyTorch's own check and .item() take 10 us, which is what a good selector needs for its answer.
-    if type(hidden) is Tensor and hidden.is_cpu and hidden.dtype == torch.float32 and hidden.is_contiguous():
-        return int(_scan(hidden.numpy()))
-    bad = (~torch.isfinite(hidden).all(dim=1)).nonzero()
-    return int(bad[0]) if bad.numel() else -1
 
 
 def check_target(target: Tensor, tokens: int, num_classes: int) -> Tensor:

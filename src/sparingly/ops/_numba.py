@@ -197,7 +197,7 @@ NOTHING = np.iinfo(np.int64).max
 
 
 @inlined
-def _better(score, position, other, other_position):
+def heap_better(score, position, other, other_position):
     if score == other:
         return position < other_position
     if np.isnan(score):
@@ -214,7 +214,7 @@ def heap_clear(scores, positions, heap):
 
 
 @inlined
-def _sift(scores, positions, heap, size, score, position):
+def heap_sink(scores, positions, heap, size, score, position):
     """Put a pair at the root of the first ``size`` places and let it sink to where it belongs."""
     place = 0
     while True:
@@ -222,11 +222,11 @@ def _sift(scores, positions, heap, size, score, position):
         if child >= size:
             break
         left, right = child, child + 1
-        if right < size and _better(
+        if right < size and heap_better(
             scores[heap, left], positions[heap, left], scores[heap, right], positions[heap, right]
         ):
             child = right
-        if not _better(score, position, scores[heap, child], positions[heap, child]):
+        if not heap_better(score, position, scores[heap, child], positions[heap, child]):
             break
         scores[heap, place] = scores[heap, child]
         positions[heap, place] = positions[heap, child]
@@ -238,9 +238,9 @@ def _sift(scores, positions, heap, size, score, position):
 @inlined
 def heap_push(scores, positions, heap, score, position):
     """Keep the pair if it beats the worst one kept; True if it did."""
-    if not _better(score, position, scores[heap, 0], positions[heap, 0]):
+    if not heap_better(score, position, scores[heap, 0], positions[heap, 0]):
         return False
-    _sift(scores, positions, heap, scores.shape[1], score, position)
+    heap_sink(scores, positions, heap, scores.shape[1], score, position)
     return True
 
 
@@ -251,4 +251,4 @@ def heap_sort(scores, positions, heap):
         score, position = scores[heap, last], positions[heap, last]
         scores[heap, last] = scores[heap, 0]
         positions[heap, last] = positions[heap, 0]
-        _sift(scores, positions, heap, last, score, position)
+        heap_sink(scores, positions, heap, last, score, position)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparingly.ops._numba import inlined, kernel
+from sparingly.ops._numba import heap_better, heap_sink, inlined, kernel
 
 Scorer = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """(classes int64 [n], groups that may be named, bool [groups] or None) -> scores, groups [n, candidates], best first"""
@@ -27,35 +27,11 @@ def _holds(homes, number, group):
 
 
 @kernel
-def _sink(scores, members, group, size, score, member):
-    """Put a pair at the root of the group's heap (worst first) and let it sink."""
-    place = 0
-    while True:
-        child = 2 * place + 1
-        if child >= size:
-            break
-        right = child + 1
-        if right < size and (
-            scores[group, right] < scores[group, child]
-            or (scores[group, right] == scores[group, child] and members[group, right] > members[group, child])
-        ):
-            child = right
-        if scores[group, child] > score or (scores[group, child] == score and members[group, child] < member):
-            break
-        scores[group, place] = scores[group, child]
-        members[group, place] = members[group, child]
-        place = child
-    scores[group, place] = score
-    members[group, place] = member
-
-
-@kernel
 def _rise(scores, members, group, place, score, member):
     """Put a pair at ``place``, the end of the group's heap (worst first), and let it rise."""
     while place > 0:
         parent = (place - 1) // 2
-        worse = score < scores[group, parent] or (score == scores[group, parent] and member > members[group, parent])
-        if not worse:
+        if not heap_better(scores[group, parent], members[group, parent], score, member):
             break
         scores[group, place] = scores[group, parent]
         members[group, place] = members[group, parent]
@@ -95,7 +71,7 @@ def _propose(classes, groups, wishes, homes, room, heap_scores, heap_members):
                 break
             worst, loser = heap_scores[group, 0], heap_members[group, 0]
             if wish > worst or (wish == worst and place < loser):
-                _sink(heap_scores, heap_members, group, taken[group], wish, place)
+                heap_sink(heap_scores, heap_members, group, taken[group], wish, place)
                 waiting[depth] = loser
                 depth += 1
                 placed = True

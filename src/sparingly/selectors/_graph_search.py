@@ -26,6 +26,12 @@ ID_BITS = DONE - np.int32(1)
 
 
 @kernel
+def exact_rows(beam):
+    """How many of a pool's best get exact scores."""
+    return max(EXACT, beam // 4)
+
+
+@kernel
 def encode(vector, codes, row):
     """Write float32 ``vector`` [c] as integers of 8 bits into ``codes[row, :c]``; returns the scale of a code."""
     largest = np.float32(0.0)
@@ -213,7 +219,6 @@ def search(
     neighbours,
     beam,
     slack,
-    table_size,
     rows,
     scale,
     bias,
@@ -230,10 +235,10 @@ def search(
     queries = np.zeros((block, codes.shape[1]), np.int16)  # int8 values: see dot_i8
     scales = np.empty(block, np.float32)
     projected = np.empty(projection.shape[0], np.float32)
-    tables = np.empty((min(SLOTS, block), table_size), np.int32)
+    tables = np.empty((min(SLOTS, block), TABLE), np.int32)
     pool_scores = np.empty((block, beam), np.float32)
     pool_ids = np.empty((block, beam), np.int32)
-    most = max(EXACT, beam // 4, scores.shape[1])
+    most = max(exact_rows(beam), scores.shape[1])
     for first in range(start, stop, block):
         size = min(block, stop - first)
         for token in range(size):

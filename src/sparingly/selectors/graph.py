@@ -16,7 +16,7 @@ from sparingly.ops._threads import run_chunks
 from sparingly.selection import Selection
 from sparingly.selectors import _graph_build as building
 from sparingly.selectors._graph_links import FOUND, link
-from sparingly.selectors._graph_search import EXACT, META_BYTES, TABLE, encode_rows, search
+from sparingly.selectors._graph_search import META_BYTES, encode_rows, exact_rows, search
 from sparingly.selectors.base import Selector, check_bank
 
 LINE = 64
@@ -30,8 +30,9 @@ class Graph(Selector):
     Every unit keeps a *record* of ``code_bytes`` (its row projected on the bank's main directions, as int8, with its
     scale and bias) and a list of ``degree`` similar units. A query scores the entry records, then walks:
     the neighbours of the best unit so far are scored by their records until the ``setting`` best ones (the beam) have
-    been looked at; those get exact scores from the bank's own rows. Some 1,500 records of 128 bytes and 128 rows are
-    read for 289,000 units. Choose it for one input at a time and for CPUs; for GPUs and blocks see ``Partition``.
+    been looked at; the best 32 of those, or a quarter of the beam, get exact scores from the bank's own rows. Some 800
+    records of 128 bytes and 32 rows are read for 289,000 units. Choose it for one input at a time and for CPUs; for
+    GPUs and blocks see ``Partition``.
 
     Inner products do not make a graph, distances do: neighbours are the nearest by cosine, and since the walk compares
     full logits (norm and bias included), rows with large norms do not draw every list to themselves.
@@ -138,7 +139,7 @@ class Graph(Selector):
         for end, beam in zip((-(-len(states) // 8), len(states)), LINK_BEAMS, strict=True):
             part, count = slice(begin, end), end - begin
             scores, counts = np.empty((count, FOUND), np.float32), np.empty((count, 3), np.int64)
-            arguments = (*views, linked, beam, np.float32(self._slack(beam)), TABLE, *bank)
+            arguments = (*views, linked, beam, np.float32(self._slack(beam)), *bank)
             run_chunks(search, count, count * beam * 2048, states[part], *arguments, scores, found[part], counts)
             begin, linked = end, link(lists, found[:end])
         return linked
@@ -148,7 +149,7 @@ class Graph(Selector):
 
     def select(self, hidden: Tensor) -> Selection:
         """The units whose rows are read, at most 32 a token or a quarter of the beam; -1 where the walk found fewer."""
-        count = min(max(EXACT, self.setting // 4), self.setting, self.num_units)
+        count = min(exact_rows(self.setting), self.setting, self.num_units)
         _, ids = self.topk(hidden, torch.zeros(self.num_units, 0), None, count)
         return Selection(ids=ids, num_units=self.num_units)
 
@@ -174,7 +175,7 @@ class Graph(Selector):
         """What the compiled ``search`` takes between hidden states and results."""
         rows = as_numpy(bank if bank.dtype in (torch.float32, torch.bfloat16, torch.int8) else bank.float())
         beam = max(self.setting, k)
-        limits = (beam, np.float32(self._slack(beam)), TABLE)
+        limits = (beam, np.float32(self._slack(beam)))
         return (
             *self._views(),
             *limits,

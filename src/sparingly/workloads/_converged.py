@@ -6,17 +6,16 @@ Rates and batch sizes were chosen on the dev part of the misspellings; only the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from sparingly.workloads._parts import Say
 from sparingly.workloads._shares import difference, share
 from sparingly.workloads._speller import Recipe, Speller, exact_best, other_than_typed, train_dense, train_selective
 from sparingly.workloads.spell_data import Pairs, Vocabulary, misspellings
-
-Say = Callable[[str, float | None], None]
 
 CLASSES = 20_000
 RECIPES = {
@@ -65,7 +64,7 @@ def _train(which: str, vocabulary: Vocabulary, recipe: Recipe, say: Say) -> tupl
     for part, spent in _steps(which, speller, recipe):  # noqa: B007
         say(what, part)
     rates = {name: value for name, value in asdict(recipe).items() if name in ("batch", "lr", "bag_lr")}
-    examples = max(1, recipe.examples // recipe.batch) * recipe.batch
+    examples = recipe.steps * recipe.batch
     return speller, {"cpu_s": init_s + spent, "examples": examples, **rates}
 
 

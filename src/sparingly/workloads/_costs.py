@@ -15,10 +15,10 @@ from sparingly.energy import count
 from sparingly.nn import Plan, SelectiveHead
 from sparingly.selectors import Graph
 from sparingly.workloads._engines import Best, Torch, best_by_batch, best_engine, dense_engines
+from sparingly.workloads._parts import Say
 from sparingly.workloads._speller import Recipe, Speller, train_dense, train_selective
 from sparingly.workloads.spell_data import Vocabulary
 
-Say = Callable[[str, float | None], None]
 BATCHES = (1, 64, 256)
 """Larger ones made no engine cheaper per token; see _engines.py."""
 

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+Say = Callable[[str, float | None], None]
+"""``say(what is being done, share done in 0..1 or None)``."""
+
 
 def cache_folder() -> Path:
     """Where results and models are kept: ``$XDG_CACHE_HOME/sparingly``, by default ``~/.cache/sparingly``."""

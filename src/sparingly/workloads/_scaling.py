@@ -30,6 +30,7 @@ from sparingly.ops._pages import request_huge_pages
 from sparingly.selectors import Graph
 from sparingly.selectors._exact import exact_topk
 from sparingly.workloads._engines import Engine, OnnxRuntime, TorchTuned, best_engine
+from sparingly.workloads._parts import Say
 from sparingly.workloads._shares import share
 from sparingly.workloads._speller import Speller, one_thread
 from sparingly.workloads.spell_data import Noise, Pairs
@@ -45,7 +46,6 @@ INPUTS_PER_CLASS = 1.0
 STILL_AXES = 2
 """Main axes that no turn moves: the rows' mean lies there, and their variances have no like."""
 
-Say = Callable[[str, float | None], None]
 Part = Callable[[str, Callable[[], Any]], Any]
 
 

@@ -37,6 +37,11 @@ class Recipe:
     bag_lr: float = 1e-2
     betas: tuple[float, float] = (0.9, 0.99)
 
+    @property
+    def steps(self) -> int:
+        """Whole batches that the examples fill, at least one."""
+        return max(1, self.examples // self.batch)
+
 
 class Speller(nn.Module):
     """Typed words -> scores of every word of the vocabulary: hashed n-grams, a bag, a LayerNorm and the output layer.
@@ -128,7 +133,7 @@ def train_selective(speller: Speller, recipe: Recipe, seed: int = 0) -> Iterator
         {"params": [*speller.norm.parameters(), *speller.head.parameters()], "lr": recipe.lr},
     ]
     rule = optimizer(groups, betas=recipe.betas, weight_decay=0.0)
-    steps = max(1, recipe.examples // recipe.batch)
+    steps = recipe.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(rule, lambda step: _schedule(step, steps))
     torch.manual_seed(seed)
     speller.train()
@@ -165,7 +170,7 @@ def train_dense(speller: Speller, recipe: Recipe, budget_s: float, seed: int = 0
         weight_decay=0.0,
         fused=True,
     )
-    steps = max(1, recipe.examples // recipe.batch)
+    steps = recipe.steps
     speller.train()
     linear.weight.grad, scores = torch.empty_like(linear.weight), torch.empty(recipe.batch, linear.out_features)
     spent, step, done = 0.0, 0, 0.0

@@ -6,7 +6,6 @@ Data, networks, training and engines have files of their own beside this one; he
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -29,7 +28,7 @@ from sparingly.workloads import _costs
 from sparingly.workloads._converged import converged, right
 from sparingly.workloads._engines import dense_engines
 from sparingly.workloads._incumbents import Faiss, SymSpell
-from sparingly.workloads._parts import Parts, cache_folder, source_mark
+from sparingly.workloads._parts import Parts, Say, cache_folder, source_mark
 from sparingly.workloads._scaling import scaling
 from sparingly.workloads._shares import difference, share
 from sparingly.workloads._speller import (
@@ -45,9 +44,6 @@ from sparingly.workloads.spell_data import Pairs, Vocabulary, misspellings
 
 TITLE = "Spelling correction, one output class per word"
 TYPED = ("recieve", "acomodate", "definately", "seperate", "embarassing", "pronounciation")
-
-Say = Callable[[str, float | None], None]
-"""``say(what is being done, share done in 0..1 or None)``."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,7 @@ class Spell:
         report = speller.head.tune(speller.states(self.pairs[0].typed), agreement=0.992, confidence=0.95)
         tune_s = time.process_time() - start
         save(speller, self.model_file)
-        steps = max(1, self.recipe.examples // self.recipe.batch)
+        steps = self.recipe.steps
         return {
             "cpu_s": init_s + spent, "compile_cpu_s": compile_s,
             "init_cpu_s": init_s, "index_cpu_s": index_s, "tune_cpu_s": tune_s,
@@ -150,7 +146,7 @@ class Spell:
         exact = exact_best(
             self.speller,
             states,
-            tick=lambda: self.say("answering exactly, for agreement", next(done) * 256 / len(states)),
+            tick=lambda: self.say(what, next(done) * 256 / len(states)),
         )
         _, found = self.speller.head.topk(states, k=2)
         answers = {
@@ -252,7 +248,7 @@ class Spell:
         """What meters say of themselves here, and the modelled joules of one answer, dense and selective."""
         reasons = ((meter.source, meter.unavailable()) for meter in default_meters())
         records = [_unavailable(source, reason) for source, reason in reasons if reason]
-        states = self.speller.hidden(self.speller.features.encode(self.pairs[1].typed[:1])).detach()
+        states = self.speller.states(self.pairs[1].typed[:1])
         engine = dense_engines(self.speller.head, "fp32")[0]
         with torch.inference_mode(), count() as dense:
             engine.answer(states)

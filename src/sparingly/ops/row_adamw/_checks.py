@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparingly.energy import ledger
-from sparingly.ops._arrays import FLOATS
+from sparingly.ops._arrays import FLOATS, first_not_finite
 from sparingly.ops._numba import kernel as compiled
 from sparingly.ops._record import tensor_bytes
 
@@ -43,18 +43,6 @@ def _scan(ids, num_rows):
     return -1, rising
 
 
-@compiled
-def _first_not_finite(grad):
-    """The first row of grad [n, d] with an infinity or NaN, or -1."""
-    for row in range(grad.shape[0]):
-        total = np.float32(0.0)
-        for j in range(grad.shape[1]):
-            total += grad[row, j] * np.float32(0.0)
-        if total != 0.0:
-            return row
-    return -1
-
-
 def rises(ids: Tensor) -> bool:
     """True if each of ids [n] is larger than the one before, as the rows of a coalesced gradient are."""
     if ids.is_cpu:
@@ -67,17 +55,14 @@ def check_values(ids: Tensor, grad: Tensor, num_rows: int) -> None:
 
     ids [n] int64, grad [n, d]. Ids that rise strictly, as those of a coalesced gradient do, need no sorting.
     """
-    if ids.is_cpu and grad.dtype == torch.float32:
+    if ids.is_cpu:
         flat = ids.detach().contiguous().numpy()
         position, rising = _scan(flat, num_rows)
         bad = int(flat[position]) if position >= 0 else None
-        infinite = int(_first_not_finite(grad.detach().contiguous().numpy()))
     else:
         outside = ids[(ids < 0) | (ids >= num_rows)]
         bad = int(outside[0]) if outside.numel() else None
         rising = rises(ids)
-        rows = (~torch.isfinite(grad).all(dim=1)).nonzero()
-        infinite = int(rows[0]) if rows.numel() else -1
     if bad is not None:
         raise IndexError(f"ids must be in 0..{num_rows - 1}, got {bad}")
     if not rising:
@@ -85,6 +70,7 @@ def check_values(ids: Tensor, grad: Tensor, num_rows: int) -> None:
         twice = ordered[1:][ordered[1:] == ordered[:-1]]
         if twice.numel():
             raise ValueError(f"ids must be unique, got {int(twice[0])} more than once; coalesce the gradient first")
+    infinite = first_not_finite(grad.detach())
     if infinite >= 0:
         raise ValueError(
             f"grad must be finite, got infinity or NaN for row {int(ids[infinite])}; nothing was changed. "

@@ -57,16 +57,10 @@ def kernel(
     steps: Tensor,
     ids: Tensor,
     grad: Tensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    **options: float,
 ) -> None:
     """See :func:`sparingly.ops.row_adamw.row_adamw_`."""
     check_values(ids, grad, param.shape[0])
-    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
     update(param, exp_avg, exp_avg_sq, steps, ids, grad, **options)
 
 
