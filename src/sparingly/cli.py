@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sparingly import _cli_convert
+
 app = typer.Typer(
     help="Run only the parts of a neural network that an input needs, and see what that saved.",
     no_args_is_help=True,
@@ -212,6 +214,8 @@ def predict(
         table.add_row(row["typed"], best, few, f"1/{dense / row['macs']:.0f} of dense", f"{row['cpu_s'] * 1e6:.0f} µs")
     Console().print(table)
 
+
+_cli_convert.register(app)
 
 if __name__ == "__main__":
     app()

@@ -334,22 +334,46 @@ def _joule_rulers(energy: Mapping[str, list[Record]]) -> list[Ruler]:
 
 def compare(
     dense: Callable[..., Any],
-    selective: Callable[..., Any],
-    inputs: Any,
+    selective: Any,
+    inputs: Any = None,
     *,
+    metric: Any = None,
     quality: Mapping[str, Any] | None = None,
     pairs: int = 30,
     meters: Sequence[Meter] | None = None,
     energy_s: float = 10.0,
 ) -> Comparison:
-    """Run both callables on the same ``inputs`` (a tuple is unpacked) and compare on the three rulers.
+    """Two methods on the same work, on the three rulers: ``compare(dense, selective, inputs)``, any two callables, or
+    ``compare(model, held_out)``, a converted model against the restored one.
+
+    Of callables both run on the same ``inputs`` (a tuple is unpacked). Of a converted model the work is its answer at
+    batch 1 to the first example (for a decoder one more token after it), and quality is ``metric`` on all of held_out,
+    that of the model's contract unless given.
 
     Counts one call of each on a ledger, times ``pairs`` pairs on processor time, and where a meter works runs each
     side for ``energy_s`` seconds. ``quality``: what you measured elsewhere, shown beside the saving. Covers one call:
-    training, calibration and index building are yours to count. Raises what the callables raise.
+    training, calibration and index building are yours to count. Raises what the callables raise, and ValueError for a
+    model without selective layers.
     """
+    if inputs is None:
+        from sparingly._twin import dense_twin, qualities, work
+
+        twin = dense_twin(dense)  # pyright: ignore[reportArgumentType]
+        quality = qualities(dense, twin, selective, metric) if quality is None else quality  # pyright: ignore
+        works = {"dense": work(twin, selective), "selective": work(dense, selective)}  # pyright: ignore
+        return _compare(works, quality, pairs, meters, energy_s)
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    works: dict[str, Work] = {"dense": lambda: dense(*arguments), "selective": lambda: selective(*arguments)}
+    works = {"dense": lambda: dense(*arguments), "selective": lambda: selective(*arguments)}
+    return _compare(works, quality, pairs, meters, energy_s)
+
+
+def _compare(
+    works: dict[str, Work],
+    quality: Mapping[str, Any] | None,
+    pairs: int,
+    meters: Sequence[Meter] | None,
+    energy_s: float,
+) -> Comparison:
     ledgers = {}
     for side, work in works.items():
         work()  # Kernels are compiled and caches filled by the first call.

@@ -1,9 +1,10 @@
-"""Save and load models with the state of their selectors: one safetensors file, written whole or not at all.
+"""Save and load models with the state of their selectors, written whole or not at all.
 
-The file is safetensors (https://github.com/huggingface/safetensors) and never pickle. Its tensors are those of
-``state_dict()``; its metadata holds ``format`` ("sparingly"), ``version``, and as JSON ``heads`` (for each
-SelectiveHead by its name in the model: the arguments of its constructor, and its selector's class and arguments) and
-``aliases`` (names that stand for a tensor saved under another name).
+A converted model becomes a folder: see :mod:`sparingly._folder`. A model with SelectiveHeads becomes one file: it is
+safetensors (https://github.com/huggingface/safetensors) and never pickle. Its tensors are those of ``state_dict()``;
+its metadata holds ``format`` ("sparingly"), ``version``, and as JSON ``heads`` (for each SelectiveHead by its name in
+the model: the arguments of its constructor, and its selector's class and arguments) and ``aliases`` (names that stand
+for a tensor saved under another name).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparingly.nn.head import SelectiveHead
+from sparingly.nn.selective import selective_modules
 from sparingly.ops._arrays import FLOATS
 from sparingly.selectors import SELECTORS, Selector, selector_class
 
@@ -43,15 +45,21 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*FLOATS, torch
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Save a :class:`SelectiveHead`, or a module that may hold some, with the state of its selectors.
+    """Save a converted model as a folder, or a :class:`SelectiveHead` (a module that may hold some) as a file.
 
-    The file is written beside ``path`` and then takes its place, so that a crash leaves an old file whole.
+    It is written beside ``path`` and then takes its place, so that a crash leaves what was there whole. The folder
+    holds the dense weights as well, with the configuration of a model of transformers; other files in it stay.
 
     Raises:
-        ValueError: a selector's class is not in ``sparingly.selectors.SELECTORS``, or the state holds something else
-            than tensors.
-        OSError: the file cannot be written.
+        ValueError: a selector's class is not in ``sparingly.selectors.SELECTORS``; the state holds something else
+            than tensors; adapters are not merged; ``path`` holds other things than a converted model.
+        OSError: the file or folder cannot be written.
     """
+    if selective_modules(model):
+        from sparingly._folder import save_folder
+
+        save_folder(model, path)
+        return
     heads = {}
     for name, module in model.named_modules():
         if isinstance(module, SelectiveHead):
@@ -65,18 +73,25 @@ def load(path: str | os.PathLike[str], into: nn.Module | None = None) -> Any:
     """Load what :func:`save` saved.
 
     Args:
-        path: the file.
-        into: the model to fill, built as the saved one was: same parameters, and heads at the same names. Its
-            selectors are replaced by the saved ones. None: the file holds a lone head, which is made anew.
+        path: the file or folder.
+        into: the model to fill, built as the saved one was: same parameters, and for a file heads at the same names,
+            whose selectors are replaced by the saved ones. For a folder the dense model, which is converted in place.
+            None: a file holds a lone head, a folder a model of transformers; it is made anew.
 
-    Returns the head, or ``into``.
+    Returns the head, the model, or ``into``.
 
     Raises:
-        ValueError: the file is truncated, not one of Sparingly's, of a newer version, or does not fit ``into``.
-            ``into`` is as it was then.
-        FileNotFoundError: there is no such file.
+        ValueError: file or folder is truncated, not one of Sparingly's, of another version, or does not fit ``into``;
+            a folder's weights are not those that were converted. ``into`` is as it was then.
+        FileNotFoundError: there is neither file nor folder.
     """
     path = Path(path)
+    from sparingly._folder import place
+
+    if place(path) is not None:
+        from sparingly._folder_load import load_folder
+
+        return load_folder(path, into)
     tensors, heads = _read(path)
     if into is None:
         if list(heads) != [""]:

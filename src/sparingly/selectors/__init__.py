@@ -3,11 +3,31 @@
 from sparingly.selectors.base import Selector
 from sparingly.selectors.controls import Dense, Oracle, Random
 from sparingly.selectors.graph import Graph
+from sparingly.selectors.lowrank import LowRank
 from sparingly.selectors.partition import Partition
+from sparingly.selectors.screen import Screen
+from sparingly.selectors.threshold import InputThreshold, Threshold, Zeros
 
-__all__ = ["SELECTORS", "Dense", "Graph", "Oracle", "Partition", "Random", "Selector", "selector_class"]
+__all__ = [
+    "SELECTORS",
+    "Dense",
+    "Graph",
+    "InputThreshold",
+    "LowRank",
+    "Oracle",
+    "Partition",
+    "Random",
+    "Screen",
+    "Selector",
+    "Threshold",
+    "Zeros",
+    "selector_class",
+]
 
-SELECTORS: dict[str, type[Selector]] = {cls.__name__: cls for cls in (Dense, Random, Oracle, Graph, Partition)}
+SELECTORS: dict[str, type[Selector]] = {
+    cls.__name__: cls
+    for cls in (Dense, Random, Oracle, Graph, Partition, Threshold, InputThreshold, Zeros, LowRank, Screen)
+}
 """Class name -> class. A selector of your own that is to be saved and loaded is one more row."""
 
 

@@ -1,0 +1,246 @@
+"""How sparing a converted model may be: fit its selectors, order its settings, and test them against a contract."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparingly._data import batches, data_hash, to_device
+from sparingly.convert import CONTRACT
+from sparingly.energy.machine import versions
+from sparingly.guard import Contract, Walk, walk
+from sparingly.metrics import Metric, as_metric, observe
+from sparingly.nn.sample import Option, gather
+from sparingly.nn.selective import Selective, dense_answers, reset, selective_modules
+
+FIT_SHARE = 0.25
+"""Share of the calibration examples that selectors and path are made from; the rest tests."""
+
+SHARES = (0.1, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0, 1.15)
+"""Expected losses of the path's points, in shares of what is allowed: close together where the last one will be."""
+
+Settings = dict[str, int]
+
+
+def costs(path_options: Mapping[str, Sequence[Option]], settings: Settings) -> tuple[float, float]:
+    """(estimated loss in nats per token, bytes of weights read per token) of all layers together."""
+    chosen = [next(o for o in options if o.setting == settings[name]) for name, options in path_options.items()]
+    return sum(option.loss for option in chosen), sum(option.size_bytes for option in chosen)
+
+
+def at_price(options: Mapping[str, Sequence[Option]], nats_per_byte: float) -> Settings:
+    """For each layer the setting with the least loss plus price of what it reads."""
+    return {
+        name: min(reversed(choices), key=lambda o: o.loss + nats_per_byte * o.size_bytes).setting
+        for name, choices in options.items()
+    }
+
+
+def path(options: Mapping[str, Sequence[Option]], losses: Sequence[float]) -> list[Settings]:
+    """The settings that read least for each estimated loss in ``losses``, from dense to sparse, without repeats.
+
+    Every layer takes the setting that a common price of a byte, in nats, makes cheapest, so that all layers give up
+    quality at the same rate; a higher price gives a sparser network.
+    """
+    found: list[Settings] = []
+    for loss in sorted(losses):
+        low, high = 1e-16, 1.0
+        for _ in range(80):
+            price = math.sqrt(low * high)
+            if costs(options, at_price(options, price))[0] > loss:
+                high = price
+            else:
+                low = price
+        settings = at_price(options, low)
+        if settings not in found:
+            found.append(settings)
+    return found
+
+
+def apply(layers: Mapping[str, Selective], settings: Mapping[str, int]) -> None:
+    """Set every layer's selector."""
+    for name, setting in settings.items():
+        layers[name].selector.setting = setting
+
+
+def calibrate(
+    model: nn.Module,
+    calibration: Any,
+    metric: Metric | str | Callable[..., Tensor] = "perplexity",
+    max_drop: float = 0.01,
+    confidence: float = 0.95,
+    *,
+    progress: Callable[[str, float | None], None] | None = None,
+) -> Contract:
+    """Make a converted model as sparing as its contract allows: a drop of at most ``max_drop``, with ``confidence``.
+
+    A quarter of the examples fits the selectors and puts their settings in order, by estimated loss per byte that is
+    not read. The rest tests them, from dense to sparse, until one fails (:mod:`sparingly.guard`). The last that passed
+    stays; if none did, every unit runs, and the contract says so.
+
+    Args:
+        model: after :func:`sparingly.convert_`.
+        calibration: examples like those to come, not used in training: a tensor (token ids int64 [n, T] for
+            perplexity), a tuple or mapping of tensors with one length, or batches.
+        metric: ``sparingly.perplexity``, ``accuracy`` or ``agreement``, or your own (model, batch) -> losses [n] in 0..1.
+        max_drop: 0.01 is one per cent of perplexity, one point of accuracy, one in a hundred answers.
+        confidence: between 0 and 1.
+        progress: called with what is being done and the share done.
+
+    Returns the contract, which is kept with the model and saved with it.
+
+    Raises:
+        ValueError: nothing is selective; no examples, or too few for anything to pass; NaN in data or answers.
+        TypeError: data or metric of another type.
+    Selectors are as they were, whatever is raised.
+    """
+    layers = selective_modules(model)
+    if not layers:
+        raise ValueError("the model has no selective layers: call sparingly.convert_(model) first")
+    measured = as_metric(metric)
+    promise = measured.promise(max_drop, confidence)
+    examples = batches(calibration, size=4)
+    fit_on, test_on = _split(examples)
+    promise.check(_count(test_on))
+    say = progress or (lambda what, share: None)
+    before = {name: _state(layer) for name, layer in layers.items()}
+    try:
+        _switch(layers, off=False)
+        say("running the dense model", 0.0)
+        with dense_answers(model):
+            dense = observe(measured, model, test_on)
+        say("fitting selectors", 0.1)
+        options = _fit(model, layers, fit_on)
+        trail = _trail(measured, model, layers, options, fit_on, promise.limit)
+        say("testing settings", 0.3)
+        observed: list[Tensor] = []
+
+        def drops(settings: Settings) -> Tensor:
+            apply(layers, settings)
+            observed.append(observe(measured, model, test_on))
+            say("testing settings", min(0.99, 0.3 + 0.7 * len(observed) / len(trail)))
+            return measured.drops(dense, observed[-1])
+
+        found = walk(trail, drops, promise)
+    except BaseException:
+        for name, layer in layers.items():
+            _put_state(layer, before[name])
+        raise
+    finally:
+        reset(model)
+    if found.chosen is None:
+        _switch(layers, off=True)
+    else:
+        apply(layers, trail[found.chosen])
+    last = dense if found.chosen is None else observed[found.chosen]
+    contract = _contract(measured, promise, found, trail, (dense, last), calibration)
+    setattr(model, CONTRACT, contract)
+    return contract
+
+
+def _contract(
+    metric: Metric, promise: Any, found: Walk, trail: list[Settings], seen: tuple[Tensor, Tensor], data: Any
+) -> Contract:
+    try:
+        mark = data_hash(data)
+    except TypeError:  # a loader or generator: its batches were read, but it cannot be hashed
+        mark = "not hashable"
+    dense, selective = seen
+    return Contract.of(
+        found,
+        promise,
+        trail,
+        metric=metric.name,
+        data_hash=mark,
+        dense_quality=metric.quality(dense, dense),
+        selective_quality=metric.quality(dense, selective),
+        versions={name: version for name, version in versions().items() if version},
+    )
+
+
+def _fit(model: nn.Module, layers: Mapping[str, Selective], fit_on: list[Any]) -> dict[str, list[Option]]:
+    """Fit every selector -> the options of those that have several settings."""
+    device = next(iter(layers.values())).ran.device
+    calls = [lambda batch=to_device(batch, device): _call(model, batch) for batch in fit_on]
+    wanted = {name: layer.sample_tokens * (1 if layer.sample_gradients else -1) for name, layer in layers.items()}
+    with dense_answers(model):
+        samples = gather(model, calls, layers, wanted)
+    options = {name: layer.fit(samples.pop(name)) for name, layer in layers.items()}
+    return {name: choices for name, choices in options.items() if len(choices) > 1}
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    """The model's output for one batch of a metric: inputs alone, or (inputs, targets)."""
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def _trail(
+    metric: Metric,
+    model: nn.Module,
+    layers: Mapping[str, Selective],
+    options: dict[str, list[Option]],
+    fit_on: list[Any],
+    limit: float,
+) -> list[Settings]:
+    """Settings from dense to sparse, close together where the limit is expected, from the fitting examples alone.
+
+    The gradients give the loss up to a factor, because they leave out how errors of layers add up; the factor is found
+    by running some settings.
+    """
+    if not options:
+        return [{name: layer.selector.setting for name, layer in layers.items()}]
+    few = fit_on[: max(1, len(fit_on) // 2)]
+    with dense_answers(model):
+        dense = observe(metric, model, few)
+    factor, estimate = 1.0, limit
+    for _ in range(3):
+        settings = path(options, [estimate])[0]
+        apply(layers, settings)
+        real = float(metric.drops(dense, observe(metric, model, few)).double().mean())
+        expected = costs(options, settings)[0]
+        factor = min(10.0, max(0.05, real / expected)) if expected > 0 else 1.0
+        estimate = limit / factor
+    return path(options, [share * estimate for share in SHARES])
+
+
+def _split(examples: list[Any]) -> tuple[list[Any], list[Any]]:
+    """(examples to fit on, examples to test on): every fourth batch, whatever order the data have."""
+    if len(examples) < 2:
+        raise ValueError("calibration needs at least 2 batches, one to fit on and one to test on; give more examples")
+    step = round(1 / FIT_SHARE)
+    fit_on = examples[::step]
+    return fit_on, [batch for place, batch in enumerate(examples) if place % step]
+
+
+def _count(examples: list[Any]) -> int:
+    def length(batch: Any) -> int:
+        if isinstance(batch, Tensor):
+            return len(batch)
+        values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
+        return length(values[0]) if values else 0
+
+    return sum(length(batch) for batch in examples)
+
+
+def _switch(layers: Mapping[str, Selective], *, off: bool) -> None:
+    for layer in layers.values():
+        layer.off = off
+
+
+def _state(layer: Selective) -> tuple[Any, ...]:
+    selector = layer.selector
+    buffers = {name: value.clone() for name, value in selector.named_buffers()}
+    return (buffers, selector.setting, layer.off)
+
+
+def _put_state(layer: Selective, state: tuple[Any, ...]) -> None:
+    buffers, setting, layer.off = state
+    for name, value in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        layer.selector.get_submodule(owner)._buffers[leaf] = value
+    layer.selector.setting = setting

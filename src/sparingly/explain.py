@@ -1,0 +1,128 @@
+"""What each selective layer of a model does: how it chooses, how much of it ran, with which kernel, and why not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from sparingly.convert import CONTRACT
+from sparingly.guard import Contract
+from sparingly.nn.selective import selective_modules
+from sparingly.ops import fallbacks, registered
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One selective layer.
+
+    ``share_run``: share of its units that ran, 0..1, None before the first token; ``tokens``: how many came,
+    ``dense_tokens``: of these, how many took one dense product; ``why_dense``: reason -> tokens.
+    ``size_bytes``: weights read per token so far, None before the first; ``dense_bytes``: when every unit runs.
+    """
+
+    name: str
+    kind: str
+    selector: str
+    setting: int
+    units: int
+    tokens: int
+    dense_tokens: int
+    share_run: float | None
+    size_bytes: float | None
+    dense_bytes: int
+    kernel: str
+    why_dense: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every selective layer, and the contract under which their settings were chosen; None before calibration."""
+
+    layers: tuple[Layer, ...]
+    contract: Contract | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "contract": None if self.contract is None else self.contract.as_dict(),
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table("layer", "selector", "setting", "units", "ran", "kernel", "dense because", show_edge=False)
+        for layer in self.layers:
+            ran = "-" if layer.share_run is None else f"{layer.share_run:.0%}"
+            reasons = "; ".join(f"{reason} ({count:,} tokens)" for reason, count in layer.why_dense.items())
+            row = (layer.name, layer.selector, str(layer.setting), f"{layer.units:,}", ran, layer.kernel, reasons)
+            table.add_row(*row)
+        table.caption = str(self.contract) if self.contract is not None else "not calibrated: no contract"
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=160, record=True, file=_Nowhere(), color_system=None)
+        console.print(self)
+        return console.export_text()
+
+
+class _Nowhere:
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None: ...
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What the selective layers of ``model`` have done since they were made, calibrated or reset.
+
+    Raises ValueError if there are none.
+    """
+    layers = selective_modules(model)
+    if not layers:
+        raise ValueError("the model has no selective layers: call sparingly.convert_(model) first")
+    rows = []
+    for name, layer in layers.items():
+        tokens, units, dense, passed = layer.ran.tolist()
+        share = layer.share_run()
+        whole = layer.fixed_bytes() + layer.num_units * layer.unit_bytes()
+        read = None if share is None else (layer.bytes_read(units, passed) + dense * whole) / (tokens + dense)
+        rows.append(
+            Layer(
+                name=name,
+                kind=type(layer).__name__,
+                selector=type(layer.selector).__name__,
+                setting=layer.selector.setting,
+                units=layer.num_units,
+                tokens=tokens + dense,
+                dense_tokens=dense,
+                share_run=share,
+                size_bytes=read,
+                dense_bytes=whole,
+                kernel=_kernel(layer.ran.device.type, layer.operators()),
+                why_dense=dict(layer.why_dense),
+            )
+        )
+    return Explanation(tuple(rows), getattr(model, CONTRACT, None))
+
+
+def _kernel(device: str, operators: tuple[str, ...]) -> str:
+    """Which kernels serve these operators on the device, with the reason where it is the reference."""
+    known = {(name, where): (available, reason) for name, where, available, reason in registered()}
+    failed = fallbacks()
+    if not operators:
+        return f"compiled ({device})" if device == "cpu" else f"PyTorch ({device})"
+    parts = []
+    for name in operators:
+        available, reason = known.get((name, device), (False, f"no kernel for {device}"))
+        if available and (name, device) in failed:
+            available, reason = False, failed[name, device].reason
+        parts.append(f"{name} ({device})" if available else f"{name} (reference: {reason})")
+    return ", ".join(parts)

@@ -1,0 +1,123 @@
+"""A linear layer that reads the input channels that matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparingly.nn import _rows
+from sparingly.nn.sample import Option, Sample
+from sparingly.nn.selective import (
+    GRADIENTS,
+    MANY,
+    MOST_TOKENS,
+    Selective,
+    needs_gradient,
+    threshold_options,
+)
+from sparingly.ops import threshold_accumulate
+from sparingly.selectors.threshold import Threshold
+
+
+class SelectiveLinear(Selective, nn.Linear):
+    """Stands in for a trained ``torch.nn.Linear`` (or transformers' ``Conv1D``) and shares its parameters.
+
+    Input channels that its selector does not keep count as zero. One token at a time, their weights are not read:
+    the weight keeps its shape and name, but one input channel is one contiguous row of its memory. Many tokens, or
+    gradients, take one dense product of the kept values: the same result to rounding, at the dense cost.
+
+    Made by :meth:`from_dense`; :meth:`dense` gives the original back.
+    """
+
+    selector: Threshold
+
+    @classmethod
+    def from_dense(cls, layer: nn.Module, selector: Threshold) -> SelectiveLinear:
+        """Share the parameters of ``layer``, a ``torch.nn.Linear`` or ``Conv1D``, and turn the weight's memory."""
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        new.in_features, new.out_features = _rows.sizes(layer)
+        new.transposed = _rows.transposed(layer)
+        for name in ("weight", "bias"):
+            new.register_parameter(name, getattr(layer, name))
+        new._begin(layer, selector)
+        _rows.share_hooks(layer, new)
+        new._columns = _rows.by_columns(new.weight)
+        selector.prepare(new.in_features, new.weight.device)
+        _rows.lay_out(new.weight, columns=not new.transposed)
+        # Another weight may be put in the place of this one, as load_state_dict(assign=True) does.
+        new.register_load_state_dict_post_hook(_turn)
+        return new.train(layer.training)
+
+    def dense(self) -> nn.Module:
+        """The original layer with the parameters that stand here now."""
+        (original,) = self._original
+        _rows.lay_out(self.weight, columns=self._columns)
+        original.weight, original.bias = self.weight, self.bias
+        _rows.share_hooks(self, original)
+        return original.train(self.training)
+
+    @property
+    def num_units(self) -> int:
+        """Input channels."""
+        return self.in_features
+
+    def operators(self) -> tuple[str, ...]:
+        """See :meth:`Selective.operators`."""
+        return ("threshold_accumulate",)
+
+    def unit_bytes(self) -> int:
+        """Bytes of one input channel's weights."""
+        return self.out_features * self.weight.element_size()
+
+    def fixed_bytes(self) -> int:
+        """Bytes of the bias."""
+        return 0 if self.bias is None else self.bias.nbytes
+
+    @torch.no_grad()
+    def fit(self, sample: Sample) -> list[Option]:
+        """See :meth:`Selective.fit`."""
+        rows = _rows.by_input(self).float()
+        moved = sample.gradients @ rows.t()
+        self.selector.fit(rows, None, sample.inputs, moved.square().mean(dim=0).sqrt())
+        return threshold_options(self, sample.inputs, None, moved)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in_features] -> [..., out_features]."""
+        selector, x, tokens = self.selector, input, input.numel() // self.in_features
+        idle = self._idle()
+        if idle is not None:
+            self._note(idle, tokens)
+            return self._product(x)
+        many, half = tokens > MOST_TOKENS, torch.float16 in (x.dtype, self.weight.dtype)
+        if many or half or needs_gradient(x, self.weight, self.bias):
+            self._note(MANY if many else _rows.HALF if half else GRADIENTS, tokens)
+            return self._product(selector.masked(x))
+        flat = selector.centred(x.reshape(tokens, self.in_features))
+        sums = threshold_accumulate(flat, _rows.by_input(self), selector.cut, None, self._rest(), self.ran)
+        return sums.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _rest(self) -> Tensor | None:
+        """What a token starts from, float32 [out_features]: the bias, and every channel at its centre."""
+        centre = self.selector.centre
+        if self.bias is None and not centre.numel():
+            return None
+
+        def make() -> Tensor:
+            start = torch.zeros(self.out_features, device=centre.device) if self.bias is None else self.bias.float()
+            return start + centre @ _rows.by_input(self).float() if centre.numel() else start
+
+        return self._kept("rest", make, self.weight, self.bias, centre)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return F.linear(x, _rows.by_output(self), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def _turn(layer: SelectiveLinear, _keys: Any) -> None:
+    _rows.lay_out(layer.weight, columns=not layer.transposed)

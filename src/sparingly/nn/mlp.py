@@ -1,0 +1,362 @@
+"""The hidden layer of a trained network, of which the units run that an input needs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparingly.nn import _rows
+from sparingly.nn.sample import Option, Sample
+from sparingly.nn.selective import (
+    GRADIENTS,
+    MANY,
+    MOST_TOKENS,
+    Activation,
+    Selective,
+    lost,
+    needs_gradient,
+    threshold_options,
+)
+from sparingly.ops import gated_rows, gather_accumulate, gather_dot, threshold_accumulate
+from sparingly.selectors import Selector
+from sparingly.selectors.lowrank import LowRank
+from sparingly.selectors.threshold import Threshold
+
+WRAPPED = "a layer inside was replaced by another kind: the layers themselves run"
+
+
+class SelectiveMLP(Selective):
+    """Stands in for ``down(act(up(x)))`` or ``down(act(gate(x)) * up(x))``; the layers inside stay under their names.
+
+    With a :class:`Threshold` every unit's activation is computed (the gate's, where there is one) and only the units
+    that pass run in the other matrices. With a selector that looks at the input (``LowRank``, ``Random``) only its
+    units run in any of them. Many tokens, or gradients, take dense products of the same selection.
+
+    Args:
+        original: the module to stand in for; its child modules become this one's.
+        up, down, gate: the layers' names within it; gate None for a plain MLP. ``gate == up``: one fused matrix.
+        activation: elementwise.
+        selector: over the hidden units.
+        gate_first: of a fused matrix, whether the gate's half comes first.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        up: str,
+        down: str,
+        activation: Activation,
+        selector: Selector,
+        gate: str | None = None,
+        gate_first: bool = True,
+    ):
+        super().__init__()
+        for name, child in original._modules.items():
+            self.add_module(name, child)
+        self._names = (up, gate, down)
+        self._gate_first = gate_first
+        self._begin(original, selector)
+        # A module that is not one of the children (shared, or ours) must not become one.
+        self._activation = (activation,)
+        self._down_features, self._out_features = _rows.sizes(self.get_submodule(down))
+        self._in_features = _rows.sizes(self.get_submodule(up))[0]
+        if isinstance(selector, Threshold):
+            selector.prepare(self.num_units, self.get_submodule(down).weight.device)  # pyright: ignore
+        elif isinstance(selector, LowRank):
+            selector.rank_by(activation)
+        self._columns = {name: _rows.by_columns(layer.weight) for name, layer in self._matrices()}
+        self._lay_out(True)
+        _rows.share_hooks(original, self)
+        self.register_load_state_dict_post_hook(_turn)
+        # Its own mode alone: a child may have another one.
+        self.training = selector.training = original.training
+
+    def _matrices(self) -> list[tuple[str, Any]]:
+        """The layers inside, but for those that look after their own memory."""
+        named = [(name, self.get_submodule(name)) for name in dict.fromkeys(self._names) if name is not None]
+        return [(name, layer) for name, layer in named if not isinstance(layer, Selective)]
+
+    def _lay_out(self, selective: bool) -> None:
+        for name, layer in self._matrices():
+            wanted = (name == self._names[2]) != _rows.transposed(layer)
+            _rows.lay_out(layer.weight, columns=wanted if selective else self._columns.get(name, False))
+
+    def dense(self) -> nn.Module:
+        """The original module with the layers that stand here now."""
+        self._lay_out(False)
+        (original,) = self._original
+        for name in original._modules:
+            original._modules[name] = self._modules[name]
+        original.training = self.training
+        _rows.share_hooks(self, original)
+        return original
+
+    @property
+    def num_units(self) -> int:
+        """Hidden units."""
+        return self._down_features
+
+    @property
+    def gated(self) -> bool:
+        """True for ``down(act(gate(x)) * up(x))``."""
+        return self._names[1] is not None
+
+    @property
+    def first(self) -> str | None:
+        """Name of the layer that computes every activation, None where it is fused or computes only some."""
+        up, gate, _ = self._names
+        return None if gate == up or not self.on_activation else gate or up
+
+    @property
+    def on_activation(self) -> bool:
+        """True if the selector looks at the activation of every unit, False if at the input."""
+        return isinstance(self.selector, Threshold)
+
+    def operators(self) -> tuple[str, ...]:
+        """See :meth:`Selective.operators`."""
+        if not self.on_activation:
+            return ("gather_dot", "gather_accumulate")
+        return ("gated_rows",) if self.gated else ("threshold_accumulate",)
+
+    def unit_bytes(self) -> int:
+        """Bytes of one unit's weights in the matrices that skip."""
+        first, second = self._unit_bytes()
+        return first + second
+
+    def _unit_bytes(self) -> tuple[int, int]:
+        """Bytes of one unit's weights: those read before the second cut, and after."""
+        size = self.get_submodule(self._names[2]).weight.element_size()  # pyright: ignore
+        ups = int(self.gated) if self.on_activation else 1 + int(self.gated)
+        return size * ups * self._in_features, size * self._out_features
+
+    def fixed_bytes(self) -> int:
+        """Bytes that every token reads: the matrix that computes every activation, unless it is a selective layer of
+        its own, and what finds the units or stands for those that do not run."""
+        up, gate, down = self._names
+        if isinstance(self.selector, LowRank):
+            return self.selector.rank * (self._in_features + self.num_units) * 4
+        first = self.get_submodule(gate or up)
+        size = self.get_submodule(down).weight.element_size()  # pyright: ignore
+        read = 0 if not self.on_activation or isinstance(first, Selective) else self._in_features * self.num_units * size
+        if self.gated and isinstance(self.selector, Threshold) and self.selector.centre.numel():
+            read += self._in_features * (self._out_features + 4)
+        return read
+
+    def bytes_read(self, first: float, second: float) -> float:
+        """See :meth:`Selective.bytes_read`."""
+        before, after = self._unit_bytes()
+        return self.fixed_bytes() + before * first + after * second
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        tokens = x.numel() // self._in_features
+        idle = self._idle()
+        if idle is not None:
+            self._note(idle, tokens)
+            return self._product(x, None)
+        layers = self._layers()
+        if not all(_plain(layer) for layer in self._read(layers)):
+            reason = WRAPPED
+        elif tokens > MOST_TOKENS:
+            reason = MANY
+        elif needs_gradient(x, *self.parameters()):
+            reason = GRADIENTS
+        elif torch.float16 in (x.dtype, layers.down.weight.dtype):
+            reason = _rows.HALF
+        else:
+            run = self._run_activated if self.on_activation else self._run_named
+            out = run(layers, x.reshape(tokens, self._in_features)).to(x.dtype)
+            return out.view(*x.shape[:-1], self._out_features)
+        self._note(reason, tokens)
+        return self._product(x, self.selector)
+
+    def _layers(self) -> _Layers:
+        up, gate, down = (None if name is None else self.get_submodule(name) for name in self._names)
+        assert up is not None and down is not None
+        return _Layers(up, None if gate is up else gate, down, fused=gate is up)
+
+    def _read(self, layers: _Layers) -> tuple[Any, ...]:
+        """The layers whose weights are read past their own ``forward``."""
+        if not self.on_activation:
+            return (layers.up, layers.down) if layers.gate is None else layers[:3]
+        return (layers.up, layers.down) if self.gated else (layers.down,)
+
+    def _halves(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """What a fused matrix holds or gave, split along its last axis -> (gate, up)."""
+        first, second = both.chunk(2, dim=-1)
+        return (first, second) if self._gate_first else (second, first)
+
+    def _rows(self, layers: _Layers) -> tuple[_Rows | None, _Rows]:
+        """(gate's, up's) weights and biases, one unit a row."""
+        up = _Rows(_rows.by_output(layers.up), layers.up.bias)  # pyright: ignore[reportArgumentType]
+        if layers.fused:
+            biases = (None, None) if up.bias is None else self._halves(up.bias)
+            weights = self._halves(up.weight.t())
+            gate, up = (_Rows(weight.t(), bias) for weight, bias in zip(weights, biases, strict=True))
+            return gate, up
+        if layers.gate is None:
+            return None, up
+        return _Rows(_rows.by_output(layers.gate), layers.gate.bias), up  # pyright: ignore[reportArgumentType]
+
+    @torch.no_grad()
+    def fit(self, sample: Sample) -> list[Option]:
+        """See :meth:`Selective.fit`."""
+        layers = self._layers()
+        x = sample.inputs.to(layers.down.weight.dtype)
+        values, factor = (None if part is None else part.float() for part in self._hidden(layers, x))
+        assert values is not None
+        spread = sample.gradients @ _rows.by_input(layers.down).float().t()
+        moved = spread if factor is None else spread * factor
+        importance, out = (part.square().mean(dim=0).sqrt() for part in (moved, spread))
+        if isinstance(self.selector, Threshold):
+            down = _rows.by_input(layers.down)
+            self.selector.fit(down, None, values, importance, None if factor is None else out)
+            return threshold_options(self, values, factor, moved)
+        return self._fit_named(layers, sample.inputs, values * moved, importance)
+
+    def _fit_named(self, layers: _Layers, x: Tensor, contributions: Tensor, importance: Tensor) -> list[Option]:
+        gate, up = self._rows(layers)
+        first = up if gate is None else gate
+        if isinstance(self.selector, LowRank):
+            (activation,) = self._activation
+            self.selector.fit(first.weight, first.bias, x, importance, activation)
+        else:
+            self.selector.fit(first.weight, first.bias, x)
+        before, options = self.selector.setting, []
+        for setting in self.selector.settings() or [before]:
+            self.selector.setting = setting
+            kept = self._named(x)
+            read = self.fixed_bytes() + self.unit_bytes() * float(kept.sum(dim=1).float().mean())
+            options.append(Option(setting, lost(contributions, kept), read))
+        self.selector.setting = before
+        return options
+
+    def _named(self, x: Tensor) -> Tensor:
+        """x [tokens, in_features] -> bool [tokens, num_units], those that the selector names."""
+        ids = self.selector.select(x).per_token(x.shape[0])
+        mask = torch.zeros(ids.shape[0], self.num_units + 1, dtype=torch.bool, device=x.device)
+        return mask.scatter_(1, torch.where(ids < 0, self.num_units, ids), True)[:, :-1]
+
+    def _hidden(self, layers: _Layers, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [..., in_features] -> every unit's activation, and what it is multiplied with; the layers run as modules."""
+        (activation,) = self._activation
+        if layers.fused:
+            gate, up = self._halves(layers.up(x))
+            return activation(gate), up
+        if layers.gate is None:
+            return activation(layers.up(x)), None
+        return activation(layers.gate(x)), layers.up(x)
+
+    def _values(self, layers: _Layers, rows: tuple[_Rows | None, _Rows], x: Tensor) -> Tensor:
+        (activation,) = self._activation
+        if layers.fused:
+            assert rows[0] is not None
+            return activation(F.linear(x, *rows[0]))
+        return activation((layers.up if layers.gate is None else layers.gate)(x))
+
+    def _product(self, x: Tensor, selector: Selector | None) -> Tensor:
+        """Dense products, units that were not selected counting as zero; the layers run as modules."""
+        layers = self._layers()
+        values, factor = self._hidden(layers, x)
+        if isinstance(selector, Threshold):
+            values = selector.masked(values, factor)
+        hidden = values if factor is None else values * factor
+        if selector is not None and not isinstance(selector, Threshold):
+            kept = self._named(x.reshape(-1, self._in_features))
+            hidden = torch.where(kept.view(hidden.shape), hidden, 0.0)
+        return layers.down(hidden)
+
+    def _run_activated(self, layers: _Layers, x: Tensor) -> Tensor:
+        """Every activation, then the units that pass: x [tokens, in_features] -> [tokens, out_features]."""
+        assert isinstance(self.selector, Threshold)
+        selector, down = self.selector, _rows.by_input(layers.down)
+        rows = self._rows(layers)
+        values = selector.centred(self._values(layers, rows, x))
+        start = self._rest(layers, rows[1].bias if rows[0] is not None else None)
+        if rows[0] is None:
+            return threshold_accumulate(values, down, selector.cut, None, start, self.ran)
+        weight, bias = rows[1]
+        cut_out = selector.cut_out if selector.cut_out.numel() else None
+        args = (values, x, weight, down, selector.cut, cut_out, _float(bias), None, None, start, self.ran)
+        out = gated_rows(*args)
+        if not selector.centre.numel():
+            return out
+        codes, scale = self._resting(layers, weight)
+        return out + threshold_accumulate(x, codes, torch.zeros_like(scale), scale, None, torch.zeros_like(self.ran))
+
+    def _rest(self, layers: _Layers, bias: Tensor | None) -> Tensor | None:
+        """What a token starts from, float32 [out_features]: the bias, and all that units at their centre add to it.
+
+        bias: that of ``up`` in a gated layer, where only this is the same for every token.
+        """
+        centre, down = self.selector.centre, layers.down  # pyright: ignore[reportAttributeAccessIssue]
+        constant = centre if not self.gated else None if bias is None or not centre.numel() else centre * bias
+        if constant is None or not constant.numel():
+            return _float(down.bias)
+
+        def make() -> Tensor:
+            rest = constant.float() @ _rows.by_input(down).float()
+            return rest if down.bias is None else rest + down.bias.float()
+
+        return self._kept("rest", make, down.weight, down.bias, bias, centre)
+
+    def _resting(self, layers: _Layers, up: Tensor) -> tuple[Tensor, Tensor]:
+        """What units at their centre add to a token, a linear map of its input: int8 [in_features, out_features] and
+        a scale float32 for each input. In int8 it loses nothing that shows, and every token reads all of it."""
+        centre: Tensor = self.selector.centre  # pyright: ignore[reportAssignmentType]
+
+        def make() -> tuple[Tensor, Tensor]:
+            whole = (up.float() * centre[:, None]).t() @ _rows.by_input(layers.down).float()
+            scale = whole.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny * 127) / 127
+            return (whole / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+
+        return self._kept("resting", make, up, layers.down.weight, centre)
+
+    def _run_named(self, layers: _Layers, x: Tensor) -> Tensor:
+        """Only the units that the selector names: x [tokens, in_features] -> [tokens, out_features]."""
+        (activation,) = self._activation
+        ids = self.selector.select(x).per_token(x.shape[0]).contiguous()
+        gate, up = self._rows(layers)
+        values = gather_dot(x, up.weight, ids, None, _float(up.bias))
+        if gate is None:
+            values = activation(values)
+        else:
+            values = values * activation(gather_dot(x, gate.weight, ids, None, _float(gate.bias)))
+        values = values.masked_fill(ids < 0, 0.0)
+        out = gather_accumulate(values, _rows.by_input(layers.down), ids)
+        self.ran[0] += x.shape[0]
+        self.ran[1] += (ids >= 0).sum()
+        bias = _float(layers.down.bias)
+        return out if bias is None else out + bias
+
+
+class _Layers(NamedTuple):
+    up: Any
+    gate: Any
+    down: Any
+    fused: bool
+
+
+class _Rows(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _turn(layer: SelectiveMLP, _keys: Any) -> None:
+    """Another weight may have been put in, as ``load_state_dict(assign=True)`` does."""
+    layer._lay_out(True)
+
+
+def _plain(layer: Any) -> bool:
+    """True if the layer's parameters are all there is to it."""
+    # Hooks, and what puts a forward of its own on the instance (accelerate does).
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+        return False
+    return type(layer) is nn.Linear or (type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"))
+
+
+def _float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().float()

@@ -1,0 +1,181 @@
+"""What every layer shares that was made selective in place: its selector, its way back, and what really ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparingly.nn.sample import Option, Sample
+from sparingly.selectors import Selector
+from sparingly.selectors.threshold import Threshold
+
+OFF = "selection is switched off"
+UNFITTED = "not calibrated: every unit runs"
+GRADIENTS = "gradients are recorded: one dense product of the selected values"
+MANY = "many tokens at once use nearly every unit: one dense product of the selected values"
+
+MOST_TOKENS = 4
+"""Up to so many tokens are served one by one; beyond, their units together are nearly all of them."""
+
+
+class Selective(nn.Module):
+    """Base of layers that stand in for a trained one and run the units that their selector names.
+
+    Attributes:
+        selector: the selector.
+        ran: int64 [4]: tokens that ran selectively, units that they ran, tokens that ran dense, and of the units those
+            that passed the second cut of a gated layer too.
+        why_dense: reason -> how many tokens ran as one dense product because of it.
+        off: every unit runs, whatever the selector says: the dense answer.
+    """
+
+    selector: Selector
+    ran: Tensor
+    sample_tokens = 1024
+    """About how many tokens :meth:`fit` wants."""
+    sample_gradients = True
+    """Whether it wants gradients too."""
+    of_mlp = False
+    """True for the second layer of an MLP whose layers have no module of their own."""
+
+    def _begin(self, original: nn.Module, selector: Selector) -> None:
+        # In a tuple, so that the original is no submodule: its parameters are here already.
+        self._original = (original,)
+        self.selector = selector
+        self.register_buffer("ran", torch.zeros(4, dtype=torch.int64), persistent=False)
+        self.why_dense: dict[str, int] = {}
+        self.off = False
+        self._made: dict[str, tuple[object, Any]] = {}
+
+    @property
+    def num_units(self) -> int:
+        """How many units a token has to choose from."""
+        raise NotImplementedError
+
+    def dense(self) -> nn.Module:
+        """The layer that this one stands in for, with today's weights and their memory as it was."""
+        raise NotImplementedError
+
+    def operators(self) -> tuple[str, ...]:
+        """Names of the operators that run what is selected; none where the selector's own kernel does."""
+        return ()
+
+    def unit_bytes(self) -> int:
+        """Bytes of weights that one unit reads when it runs."""
+        raise NotImplementedError
+
+    def fixed_bytes(self) -> int:
+        """Bytes of weights that every token reads, whatever is selected."""
+        raise NotImplementedError
+
+    def fit(self, sample: Sample) -> list[Option]:
+        """Fit the selector -> what each of its settings costs, cheapest first; one where there is nothing to choose.
+
+        The loss of a setting is the second-order estimate from the gradients: half the mean square, over tokens, of
+        what the left-out units' contributions change.
+        """
+        raise NotImplementedError
+
+    def _idle(self) -> str | None:
+        """Why nothing is selected at all, or None."""
+        if self.off:
+            return OFF
+        return None if self.selector.fitted else UNFITTED
+
+    def bytes_read(self, first: float, second: float) -> float:
+        """Bytes of weights for a token of which ``first`` units run, ``second`` of them to the end (a second cut)."""
+        return self.fixed_bytes() + self.unit_bytes() * first
+
+    @torch.no_grad()
+    def _kept(self, name: str, make: Callable[[], Any], *sources: Tensor | None) -> Any:
+        """What ``make`` gives, kept until one of the tensors that it is made from changes."""
+        found = self._made.get(name)
+        if torch.compiler.is_compiling():
+            return make() if found is None else found[1]
+        mark = tuple([None if source is None else _mark(source) for source in sources])
+        if found is None or found[0] != mark:
+            found = self._made[name] = (mark, make())
+        return found[1]
+
+    def share_run(self) -> float | None:
+        """Share of the units that ran, 0..1, a dense token counting as all of them; None before the first token."""
+        tokens, units, dense, _ = self.ran.tolist()
+        return (units / self.num_units + dense) / (tokens + dense) if tokens + dense else None
+
+    def reset(self) -> None:
+        """Forget what ran."""
+        self.ran.zero_()
+        self.why_dense.clear()
+
+    def _note(self, reason: str, tokens: int) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self.why_dense[reason] = self.why_dense.get(reason, 0) + tokens
+        self.ran[2] += tokens
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's values lie and how often they were changed; tensors of inference mode do not count that."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+def lost(contributions: Tensor, kept: Tensor) -> float:
+    """contributions [tokens, units] of units to the loss, first order; kept bool -> nats per token, second order."""
+    return float(contributions.masked_fill(kept, 0.0).sum(dim=1).square().mean()) / 2
+
+
+def threshold_options(layer: Selective, values: Tensor, factor: Tensor | None, moved: Tensor) -> list[Option]:
+    """What each setting of a layer's fitted :class:`Threshold` costs; its own setting stays.
+
+    values [tokens, units] activations, factor what they are multiplied with or None, moved the loss's gradients with
+    respect to the values.
+    """
+    selector = layer.selector
+    assert isinstance(selector, Threshold)
+    before, options = selector.setting, []
+    for setting in selector.settings() or [before]:
+        selector.setting = setting
+        first = selector.keeps(values)
+        kept = selector.keeps(values, factor)
+        counts = [float(passed.sum(dim=1).float().mean()) for passed in (first, kept)]
+        options.append(Option(setting, lost(selector.centred(values) * moved, kept), layer.bytes_read(*counts)))
+    selector.setting = before
+    return options
+
+
+def needs_gradient(x: Tensor, *parameters: Tensor | None) -> bool:
+    """True if a gradient of x or of one of the parameters would be recorded."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters))
+
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def selective_modules(model: nn.Module) -> dict[str, Selective]:
+    """Every selective layer of a model by its name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Selective)}
+
+
+@contextmanager
+def dense_answers(model: nn.Module) -> Iterator[None]:
+    """Every selective layer answers as the dense one inside the block."""
+    before = {layer: layer.off for layer in selective_modules(model).values()}
+    try:
+        for layer in before:
+            layer.off = True
+        yield
+    finally:
+        for layer, off in before.items():
+            layer.off = off
+
+
+def reset(model: nn.Module) -> None:
+    """Forget what ran in every selective layer."""
+    for module in selective_modules(model).values():
+        module.reset()
+
+
