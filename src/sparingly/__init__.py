@@ -1,31 +1,63 @@
 """Run only the parts of a neural network that an input needs, train it that way too, and see what that saved."""
 
+from sparingly.calibrate import calibrate
 from sparingly.compare import compare
+from sparingly.convert import convert_, restore_
 from sparingly.energy import count, measure
+from sparingly.explain import explain
+from sparingly.guard import Contract
+from sparingly.metrics import accuracy, agreement, perplexity
 from sparingly.nn import Plan, SelectiveBag, SelectiveHead
 from sparingly.optim import optimizer
+from sparingly.recover import recover
 from sparingly.selection import Selection
-from sparingly.selectors import Dense, Graph, Oracle, Partition, Random, Selector
+from sparingly.selectors import (
+    Dense,
+    Graph,
+    InputThreshold,
+    LowRank,
+    Oracle,
+    Partition,
+    Random,
+    Screen,
+    Selector,
+    Threshold,
+    Zeros,
+)
 from sparingly.store import load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Contract",
     "Dense",
     "Graph",
+    "InputThreshold",
+    "LowRank",
     "Oracle",
     "Partition",
     "Plan",
     "Random",
+    "Screen",
     "Selection",
     "SelectiveBag",
     "SelectiveHead",
     "Selector",
+    "Threshold",
+    "Zeros",
     "__version__",
+    "accuracy",
+    "agreement",
+    "calibrate",
     "compare",
+    "convert_",
     "count",
+    "explain",
     "load",
     "measure",
     "optimizer",
+    "perplexity",
+    "recover",
+    "restore_",
     "save",
 ]

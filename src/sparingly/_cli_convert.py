@@ -21,7 +21,9 @@ Into = Annotated[
     str | None,
     typer.Option("--into", metavar="MODULE:CALLABLE", help="What gives the dense network, if it is not transformers'."),
 ]
-Windows = Annotated[int, typer.Option("--windows", min=2, help="At most so many examples, evenly spread over FILE.")]
+Windows = Annotated[
+    int, typer.Option("--windows", metavar="N", min=2, help="At most so many examples, evenly spread over FILE.")
+]
 
 
 def convert(
@@ -34,7 +36,9 @@ def convert(
     confidence: Annotated[
         str, typer.Option("--confidence", metavar="SHARE", help="How sure that has to be: 95% or 0.95.")
     ] = "95%",
-    metric: Annotated[str, typer.Option("--metric", help="perplexity, accuracy or agreement.")] = "perplexity",
+    metric: Annotated[
+        str, typer.Option("--metric", metavar="NAME", help="perplexity, accuracy or agreement.")
+    ] = "perplexity",
     where: Annotated[
         str | None,
         typer.Option(
@@ -43,7 +47,7 @@ def convert(
             help="mlp, linear, attention, head, or a glob on names; default: mlp, linear, head.",
         ),
     ] = None,
-    windows: Windows = 400,
+    windows: Windows = 200,
 ) -> None:
     """Make a network run only the units that each input needs, and keep its quality under a contract.
 
@@ -75,16 +79,17 @@ def convert(
 
 
 def explain(directory: Saved, into: Into = None) -> None:
-    """Show what each layer of a converted network does: its selector, setting and kernel, and the contract."""
-    from rich.console import Console
+    """Show what each layer of a converted network does: its selector, setting and kernel, and the contract.
 
+    What share of the units ran is known where the network ran: `sparingly.explain` in Python, `compare` here.
+    """
     with _one_line_errors("nothing was changed"):
         from sparingly.explain import explain as explained
 
         with _progress() as say:
             say(f"reading {directory}", None)
             model = _load(directory, into)
-        Console().print(explained(model))
+        _show(explained(model))
 
 
 def compare(directory: Saved, data: Data, into: Into = None, windows: Windows = 100) -> None:
@@ -92,8 +97,6 @@ def compare(directory: Saved, data: Data, into: Into = None, windows: Windows = 
 
     FILE should be held out: nothing that the network was trained or converted with. Text is cut as for `convert`.
     """
-    from rich.console import Console
-
     with _one_line_errors("nothing was changed"):
         from sparingly._cli_sources import read_data, read_tokenizer
         from sparingly.compare import compare as compared
@@ -105,7 +108,7 @@ def compare(directory: Saved, data: Data, into: Into = None, windows: Windows = 
             examples = read_data(data, model, tokenizer, windows)
             say("comparing", None)
             comparison = compared(model, examples)
-        Console().print(comparison)
+        _show(comparison)
 
 
 def register(app: typer.Typer) -> None:
@@ -119,6 +122,17 @@ def _load(directory: Path, into: str | None) -> Any:
     from sparingly._cli_sources import called
 
     return store.load(directory, into=None if into is None else called(into))
+
+
+def _show(what: Any) -> None:
+    """In colour and as wide as the terminal; wider than rich takes a file or pipe to be."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        console.print(what)
+    else:
+        print(what)
 
 
 def _share(option: str, text: str) -> float:

@@ -203,11 +203,11 @@ def _bring_along(old: Path | None, fresh: Path) -> None:
 
 
 def _take_place(fresh: Path, path: Path) -> None:
-    # mkdtemp makes folders for their owner alone; take what an ordinary one would get.
+    # mkdtemp and safetensors make things for their owner alone; take what ordinary ones would get.
     mask = os.umask(0)
     os.umask(mask)
-    fresh.chmod(0o777 & ~mask)
     for entry in [*fresh.rglob("*"), fresh]:
+        entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
         _sync(entry)
     old = _older(path)
     if path.exists():

@@ -88,7 +88,7 @@ def load_folder(path: str | os.PathLike[str], into: nn.Module | None = None) -> 
         raise ValueError("into is selective already: sparingly.restore_(model) first, or give a dense model")
     _check_fits(folder, model, weights, description["aliases"], any_dtype=into is None)
     _convert(folder, model, entries, selectors)
-    _fill(model, weights)
+    _fill(model, weights, description["aliases"], afresh=into is None)
     if into is None:
         _set_dtypes(model, description["buffers"])
     if contract is not None:
@@ -309,13 +309,21 @@ def _found(reference: str, container: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _fill(model: nn.Module, weights: Mapping[str, Tensor], aliases: Mapping[str, str], *, afresh: bool) -> None:
+    """Write the weights, ``afresh`` into memory of their own.
+
+    What transformers has read lies where it lies in the file, at a multiple of 8 bytes only: sums over it may then
+    differ in their last bit from those over the memory that was saved.
+    """
     state = model.state_dict(keep_vars=True)
     for name, value in weights.items():
-        if state[name].dtype == value.dtype:
+        if afresh:  # in the layout that stands here, and perhaps another dtype
+            state[name].data = torch.empty_like(state[name], dtype=value.dtype).copy_(value)
+        else:
             state[name].copy_(value)
-        else:  # a model of several dtypes, which transformers builds in one
-            state[name].data = value.to(state[name].device)
+    for name, owner in aliases.items():
+        if afresh and state[name] is not state[owner]:
+            state[name].data = state[owner].data
 
 
 def _set_dtypes(model: nn.Module, dtypes: Mapping[str, str]) -> None:

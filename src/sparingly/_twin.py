@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparingly._data import batches, to_device
 from sparingly.convert import CONTRACT, restore_
+from sparingly.guard import Contract
 from sparingly.metrics import Metric, as_metric, observe
 
 Work = Callable[[], Any]
@@ -28,12 +29,10 @@ def qualities(model: nn.Module, twin: nn.Module, data: Any, metric: Metric | str
 
     metric None: that of the model's contract. Raises ValueError if there is none.
     """
-    contract = getattr(model, CONTRACT, None)
-    if metric is None:
-        if contract is None:
-            raise ValueError("the model has no contract to take a metric from: calibrate it, or give metric=")
-        metric = contract.metric
-    measured = as_metric(metric)
+    contract: Contract | None = getattr(model, CONTRACT, None)
+    if metric is None and contract is None:
+        raise ValueError("the model has no contract to take a metric from: calibrate it, or give metric=")
+    measured = as_metric(contract.metric if metric is None and contract is not None else metric or "")
     dense, selective = (observe(measured, one, data) for one in (twin, model))
     drops = measured.drops(dense, selective).double()
     promise = measured.promise(0.5)

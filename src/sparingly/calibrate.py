@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparingly._data import batches, data_hash, to_device
@@ -20,8 +20,11 @@ from sparingly.nn.selective import Selective, dense_answers, reset, selective_mo
 FIT_SHARE = 0.25
 """Share of the calibration examples that selectors and path are made from; the rest tests."""
 
-SHARES = (0.1, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0, 1.15)
+SHARES = (0.2, 0.5, 0.7, 0.85, 1.0, 1.15)
 """Expected losses of the path's points, in shares of what is allowed: close together where the last one will be."""
+
+SEARCHES = 6
+"""How many settings are run to find the path's middle; where the estimate is right, one is enough."""
 
 Settings = dict[str, int]
 
@@ -48,7 +51,7 @@ def path(options: Mapping[str, Sequence[Option]], losses: Sequence[float]) -> li
     """
     found: list[Settings] = []
     for loss in sorted(losses):
-        low, high = 1e-16, 1.0
+        low, high = 1e-16, 1e6
         for _ in range(80):
             price = math.sqrt(low * high)
             if costs(options, at_price(options, price))[0] > loss:
@@ -86,7 +89,8 @@ def calibrate(
         model: after :func:`sparingly.convert_`.
         calibration: examples like those to come, not used in training: a tensor (token ids int64 [n, T] for
             perplexity), a tuple or mapping of tensors with one length, or batches.
-        metric: ``sparingly.perplexity``, ``accuracy`` or ``agreement``, or your own (model, batch) -> losses [n] in 0..1.
+        metric: ``sparingly.perplexity``, ``accuracy`` or ``agreement``, or your own (model, batch) -> losses [n] in
+            0..1.
         max_drop: 0.01 is one per cent of perplexity, one point of accuracy, one in a hundred answers.
         confidence: between 0 and 1.
         progress: called with what is being done and the share done.
@@ -108,13 +112,14 @@ def calibrate(
     promise.check(_count(test_on))
     say = progress or (lambda what, share: None)
     before = {name: _state(layer) for name, layer in layers.items()}
+    found: Walk | None = None
     try:
         _switch(layers, off=False)
         say("running the dense model", 0.0)
         with dense_answers(model):
             dense = observe(measured, model, test_on)
         say("fitting selectors", 0.1)
-        options = _fit(model, layers, fit_on)
+        options = fit_selectors(model, fit_on)
         trail = _trail(measured, model, layers, options, fit_on, promise.limit)
         say("testing settings", 0.3)
         observed: list[Tensor] = []
@@ -126,50 +131,55 @@ def calibrate(
             return measured.drops(dense, observed[-1])
 
         found = walk(trail, drops, promise)
-    except BaseException:
-        for name, layer in layers.items():
-            _put_state(layer, before[name])
-        raise
     finally:
         reset(model)
+        if found is None:
+            for name, layer in layers.items():
+                _put_state(layer, before[name])
+    assert found is not None
     if found.chosen is None:
         _switch(layers, off=True)
     else:
         apply(layers, trail[found.chosen])
     last = dense if found.chosen is None else observed[found.chosen]
-    contract = _contract(measured, promise, found, trail, (dense, last), calibration)
+    contract = _contract(measured, promise, found, trail, (dense, last), examples)
     setattr(model, CONTRACT, contract)
     return contract
 
 
 def _contract(
-    metric: Metric, promise: Any, found: Walk, trail: list[Settings], seen: tuple[Tensor, Tensor], data: Any
+    metric: Metric, promise: Any, found: Walk, trail: list[Settings], seen: tuple[Tensor, Tensor], examples: Any
 ) -> Contract:
-    try:
-        mark = data_hash(data)
-    except TypeError:  # a loader or generator: its batches were read, but it cannot be hashed
-        mark = "not hashable"
     dense, selective = seen
     return Contract.of(
         found,
         promise,
         trail,
         metric=metric.name,
-        data_hash=mark,
+        data_hash=data_hash(examples),
         dense_quality=metric.quality(dense, dense),
         selective_quality=metric.quality(dense, selective),
         versions={name: version for name, version in versions().items() if version},
     )
 
 
-def _fit(model: nn.Module, layers: Mapping[str, Selective], fit_on: list[Any]) -> dict[str, list[Option]]:
-    """Fit every selector -> the options of those that have several settings."""
+def fit_selectors(model: nn.Module, fit_on: Sequence[Any]) -> dict[str, list[Option]]:
+    """Fit every selector of a converted model to batches -> the options of those that have several settings.
+
+    Settings stay. Raises ValueError if nothing is selective.
+    """
+    layers = selective_modules(model)
+    if not layers:
+        raise ValueError("the model has no selective layers: call sparingly.convert_(model) first")
     device = next(iter(layers.values())).ran.device
-    calls = [lambda batch=to_device(batch, device): _call(model, batch) for batch in fit_on]
+    calls = [partial(_call, model, to_device(batch, device)) for batch in fit_on]
     wanted = {name: layer.sample_tokens * (1 if layer.sample_gradients else -1) for name, layer in layers.items()}
     with dense_answers(model):
         samples = gather(model, calls, layers, wanted)
-    options = {name: layer.fit(samples.pop(name)) for name, layer in layers.items()}
+    if not samples:
+        raise ValueError("the calibration examples reach none of the selective layers")
+    # A layer that nothing reached (an expert that no token went to) goes on running every unit.
+    options = {name: layer.fit(samples.pop(name)) for name, layer in layers.items() if name in samples}
     return {name: choices for name, choices in options.items() if len(choices) > 1}
 
 
@@ -189,22 +199,23 @@ def _trail(
 ) -> list[Settings]:
     """Settings from dense to sparse, close together where the limit is expected, from the fitting examples alone.
 
-    The gradients give the loss up to a factor, because they leave out how errors of layers add up; the factor is found
-    by running some settings.
+    The gradients give the loss up to a factor: they leave out how errors of layers add up, and the metric may have
+    another unit. Some settings are run to find the estimate at which the limit is reached.
     """
     if not options:
         return [{name: layer.selector.setting for name, layer in layers.items()}]
     few = fit_on[: max(1, len(fit_on) // 2)]
     with dense_answers(model):
         dense = observe(metric, model, few)
-    factor, estimate = 1.0, limit
-    for _ in range(3):
-        settings = path(options, [estimate])[0]
-        apply(layers, settings)
+    estimate, low, high = limit, 0.0, math.inf
+    for _ in range(SEARCHES):
+        apply(layers, path(options, [estimate])[0])
         real = float(metric.drops(dense, observe(metric, model, few)).double().mean())
-        expected = costs(options, settings)[0]
-        factor = min(10.0, max(0.05, real / expected)) if expected > 0 else 1.0
-        estimate = limit / factor
+        low, high = (max(low, estimate), high) if real <= limit else (low, min(high, estimate))
+        if abs(real - limit) <= 0.1 * limit:
+            break
+        step = min(8.0, max(0.125, limit / real)) if real > 0 else 8.0
+        estimate = math.sqrt(low * high) if 0 < low < high < math.inf else estimate * step
     return path(options, [share * estimate for share in SHARES])
 
 
@@ -235,12 +246,14 @@ def _switch(layers: Mapping[str, Selective], *, off: bool) -> None:
 def _state(layer: Selective) -> tuple[Any, ...]:
     selector = layer.selector
     buffers = {name: value.clone() for name, value in selector.named_buffers()}
-    return (buffers, selector.setting, layer.off)
+    return (buffers, selector.setting, layer.off, layer.ran.clone(), dict(layer.why_dense))
 
 
 def _put_state(layer: Selective, state: tuple[Any, ...]) -> None:
-    buffers, setting, layer.off = state
+    buffers, setting, layer.off, ran, layer.why_dense = state
+    layer.selector.setting = setting
+    # After the setting, from which a selector may make buffers anew.
     for name, value in buffers.items():
         owner, _, leaf = name.rpartition(".")
         layer.selector.get_submodule(owner)._buffers[leaf] = value
-    layer.selector.setting = setting
+    layer.ran.copy_(ran)

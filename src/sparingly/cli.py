@@ -125,26 +125,36 @@ def measure(
     raise typer.Exit(code)
 
 
+WORKLOADS = ("spell", "smollm")
+
+
 @app.command()
 def bench(
-    workload: Annotated[str, typer.Argument(help="What to run; there is spell.")] = "spell",
-    quick: Annotated[bool, typer.Option("--quick", help="At most 90 seconds, fewer classes.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Everything, up to 45 minutes.")] = False,
+    workloads: Annotated[list[str] | None, typer.Argument(help=f"What to run: {', '.join(WORKLOADS)}.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything: spell in 90 seconds.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Everything: spell in 45 minutes.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do parts again that an earlier run has finished.")] = False,
     json_file: JsonFile = None,
     report_file: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Write an HTML page.")] = None,
 ) -> None:
-    """Run a real task, selective beside dense and beside what one would use instead.
+    """Run a real task (spell by default), selective beside dense and beside what one would use instead.
 
     Finished parts are kept: after an interruption the same command goes on where it was.
     """
     from sparingly.report import html, result, terminal
 
-    if workload != "spell":
-        raise typer.BadParameter(f"must be spell, got {workload!r}", param_hint="WORKLOAD")
+    chosen = workloads or ["spell"]
+    for name in chosen:
+        if name not in WORKLOADS:
+            raise typer.BadParameter(f"must be of {', '.join(WORKLOADS)}, got {name!r}", param_hint="WORKLOADS")
     if quick and full:
         raise typer.BadParameter("give one of --quick and --full, not both", param_hint="--quick")
-    content = _run_spell("quick" if quick else "full" if full else "default", fresh)
+    mode = "quick" if quick else "full" if full else "default"
+    content: dict[str, Any] = {}
+    for name in chosen:
+        made = _run_workload(name, mode, fresh)
+        earlier = content.get("workloads", {})
+        content = made | {"workloads": earlier | made["workloads"]}
     if json_file is not None:
         write_json(content, json_file)
     report = result.parse(content)
@@ -154,12 +164,14 @@ def bench(
         html.write(report, report_file)
 
 
-def _run_spell(mode: str, fresh: bool) -> dict[str, Any]:
+def _run_workload(name: str, mode: str, fresh: bool) -> dict[str, Any]:
+    from importlib import import_module
+
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     try:
-        from sparingly.workloads import spell
+        module = import_module(f"sparingly.workloads.{name}")
     except ImportError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from error
@@ -178,8 +190,8 @@ def _run_spell(mode: str, fresh: bool) -> dict[str, Any]:
                 progress.update(shown[what], completed=share)
 
         try:
-            return spell.bench(spell.MODES[mode], say, fresh=fresh)
-        except (ImportError, RuntimeError) as error:
+            return module.bench(module.MODES[mode], say, fresh=fresh)
+        except (FileNotFoundError, ImportError, RuntimeError) as error:
             console.print(f"[red]stopped:[/red] {error}")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:

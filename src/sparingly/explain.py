@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,16 +69,9 @@ class Explanation:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=160, record=True, file=_Nowhere(), color_system=None)
+        console = Console(width=160, record=True, file=io.StringIO(), color_system=None)
         console.print(self)
         return console.export_text()
-
-
-class _Nowhere:
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None: ...
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -93,7 +87,8 @@ def explain(model: nn.Module) -> Explanation:
         tokens, units, dense, passed = layer.ran.tolist()
         share = layer.share_run()
         whole = layer.fixed_bytes() + layer.num_units * layer.unit_bytes()
-        read = None if share is None else (layer.bytes_read(units, passed) + dense * whole) / (tokens + dense)
+        alone = layer.bytes_read(units / tokens, passed / tokens) if tokens else 0.0
+        read = None if share is None else (tokens * alone + dense * whole) / (tokens + dense)
         rows.append(
             Layer(
                 name=name,

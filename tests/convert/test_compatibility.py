@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 IDS = torch.tensor([[5, 9, 33, 2, 17, 40, 8], [7, 7, 1, 50, 21, 3, 60]])
 
 
-def tiny(family: str = "Llama", **options) -> nn.Module:
+def tiny(family: str = "Llama", **options) -> Any:
     """The same small random model each time, its weights large enough for attention to matter."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -37,7 +38,7 @@ def tiny(family: str = "Llama", **options) -> nn.Module:
     return model
 
 
-def converted(threshold: float = 0.0, **options) -> nn.Module:
+def converted(threshold: float = 0.0, **options) -> Any:
     model = tiny(**options)
     convert_(model, {"mlp": Threshold(threshold), "linear": InputThreshold(threshold)})
     return model
@@ -50,7 +51,12 @@ def generate(model, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{"do_sample": False}, {"do_sample": True, "top_p": 0.9}, {"num_beams": 3}, {"do_sample": False, "use_cache": False}],
+    [
+        {"do_sample": False},
+        {"do_sample": True, "top_p": 0.9},
+        {"num_beams": 3},
+        {"do_sample": False, "use_cache": False},
+    ],
     ids=["greedy", "sampling", "beams", "no cache"],
 )
 def test_generate_gives_the_dense_continuations(options):
@@ -100,7 +106,7 @@ def test_compiles_without_graph_breaks(tokens):
     want = model(IDS[:1, :tokens], use_cache=False).logits
     before = {name: layer.ran.clone() for name, layer in selective_modules(model).items()}
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
     torch.testing.assert_close(compiled(IDS[:1, :tokens], use_cache=False).logits, want, rtol=1e-5, atol=1e-5)
     if tokens == 1:
         for name, layer in selective_modules(model).items():
@@ -132,7 +138,8 @@ class Gated(nn.Module):
 @pytest.mark.parametrize("tokens", [1, 9])
 @torch.no_grad()
 def test_exports(gated, tokens):
-    model, x = Net(gated).eval(), torch.randn(tokens, 16)
+    x = torch.randn(tokens, 16)
+    model: Any = Net(gated).eval()
     convert_(model, Threshold(0.2), "mlp")
     program = torch.export.export(model, (x,))
     names = {str(node.target) for node in program.graph.nodes}
@@ -165,7 +172,7 @@ def test_copies_and_pickles_are_models_of_their_own():
 
 
 @torch.no_grad()
-def restored(model: nn.Module):
+def restored(model: Any):
     made = copy.deepcopy(model)
     restore_(made)
     return made(IDS[:1, :2]).logits
@@ -228,6 +235,8 @@ def test_autocast_gives_the_dtype_of_the_dense_model():
             got, want = model(ids).logits, dense(ids).logits
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want, rtol=0.1, atol=0.15)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate(model, do_sample=False).shape == (1, 15)
 
 
 def test_a_training_step_is_the_dense_one_at_zero_sparsity():
@@ -261,7 +270,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-def with_adapter(model: nn.Module) -> nn.Module:
+def with_adapter(model: Any) -> Any:
     peft = pytest.importorskip("peft")
     targets = ["q_proj", "up_proj", "down_proj"]
     torch.manual_seed(5)
@@ -309,7 +318,7 @@ def test_adapters_can_be_trained_and_the_model_restored_under_them():
 
 @torch.no_grad()
 def test_hooks_on_layers_inside_run():
-    model = Net(gated=True).eval()
+    model: Any = Net(gated=True).eval()
     x = torch.randn(1, 16)
     convert_(model, Threshold(0.0), "mlp")
     want = model.mlp(x)
@@ -329,7 +338,8 @@ def test_hooks_on_layers_inside_run():
 
 @torch.no_grad()
 def test_hooks_on_a_replaced_module_stay():
-    model, seen = Net(gated=True).eval(), []
+    seen: list[str] = []
+    model: Any = Net(gated=True).eval()
     handle = model.mlp.register_forward_hook(lambda module, args, output: seen.append(type(module).__name__))
     convert_(model, Threshold(0.0), "mlp")
     seen.clear()
@@ -364,7 +374,7 @@ def test_tied_weights_stay_tied():
 @torch.no_grad()
 def test_a_module_that_stands_twice_is_replaced_twice_by_one():
     block = Gated()
-    model = nn.Sequential(block, nn.LayerNorm(16), block).eval()
+    model: Any = nn.Sequential(block, nn.LayerNorm(16), block).eval()
     x = torch.randn(3, 16)
     want = model(x)
     convert_(model, Threshold(0.0), "mlp", example=x)
@@ -376,7 +386,7 @@ def test_a_module_that_stands_twice_is_replaced_twice_by_one():
 
 @torch.no_grad()
 def test_layers_that_share_a_weight_keep_sharing_it():
-    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)).eval()
+    model: Any = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)).eval()
     model[2].weight = model[0].weight
     x = torch.randn(2, 16)
     want, stride = model(x), model[0].weight.stride()

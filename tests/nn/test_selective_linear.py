@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,12 @@ from sparingly.selectors.threshold import InputThreshold
 WIDTH, OUT = 24, 10
 
 
-def converted(threshold: float | None = 0.5, *, bias: bool = True, conv1d: bool = False) -> tuple[nn.Module, Tensor]:
+def converted(threshold: float | None = 0.5, *, bias: bool = True, conv1d: bool = False) -> tuple[Any, Tensor]:
     """(SelectiveLinear, the dense weight [out, in])."""
     if conv1d:
-        layer: nn.Module = pytest.importorskip("transformers.pytorch_utils").Conv1D(OUT, WIDTH)
-        nn.init.normal_(layer.bias)  # pyright: ignore[reportArgumentType]
-        weight = layer.weight.detach().t().clone()  # pyright: ignore
+        layer: Any = pytest.importorskip("transformers.pytorch_utils").Conv1D(OUT, WIDTH)
+        nn.init.normal_(layer.bias)
+        weight = layer.weight.detach().t().clone()
     else:
         layer = nn.Linear(WIDTH, OUT, bias=bias)
         weight = layer.weight.detach().clone()
@@ -37,9 +38,9 @@ def test_result_is_the_product_of_the_kept_inputs(conv1d, tokens):
     layer, weight = converted(conv1d=conv1d)
     x = torch.randn(tokens, WIDTH)
     kept = torch.where(x.abs() < 0.5, 0.0, x)
-    want = F.linear(kept.double(), weight.double(), layer.bias.double())  # pyright: ignore
+    want = F.linear(kept.double(), weight.double(), layer.bias.double())
     torch.testing.assert_close(layer(x).double(), want, rtol=1e-5, atol=1e-6)
-    assert (layer(x) - F.linear(x, weight, layer.bias)).abs().max() > 1e-3  # pyright: ignore
+    assert (layer(x) - F.linear(x, weight, layer.bias)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -50,7 +51,7 @@ def test_zero_threshold_is_the_dense_layer(dtype, shape):
     layer.to(dtype)
     x = torch.randn(*shape, WIDTH).to(dtype)
     got = layer(x)
-    want = F.linear(x.double(), weight.to(dtype).double(), layer.bias.double())  # pyright: ignore
+    want = F.linear(x.double(), weight.to(dtype).double(), layer.bias.double())
     assert got.dtype == dtype and got.shape == (*shape, OUT)
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(dtype, 1e-5)
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
@@ -58,7 +59,7 @@ def test_zero_threshold_is_the_dense_layer(dtype, shape):
 
 @torch.no_grad()
 def test_columns_of_cut_inputs_are_not_read():
-    layer, weight = converted(0.5)
+    layer, _ = converted(0.5)
     x = torch.randn(1, WIDTH)
     cut = x[0].abs() < 0.5
     assert 0 < int(cut.sum()) < WIDTH
@@ -100,14 +101,14 @@ def test_reasons_for_the_dense_product():
     layer, weight = converted(None)
     x = torch.randn(1, WIDTH)
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), F.linear(x, weight, layer.bias))  # pyright: ignore
+        torch.testing.assert_close(layer(x), F.linear(x, weight, layer.bias))
     layer, weight = converted(0.5)
     layer(x)  # its parameters want gradients
     layer.off = True
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), F.linear(x, weight, layer.bias))  # pyright: ignore
+        torch.testing.assert_close(layer(x), F.linear(x, weight, layer.bias))
     assert layer.why_dense == {GRADIENTS: 1, OFF: 1}
-    assert UNFITTED in converted(None)[0]._idle()  # pyright: ignore
+    assert UNFITTED in converted(None)[0]._idle()
 
 
 def test_gradients_are_those_of_the_masked_product():
@@ -151,16 +152,16 @@ def test_named_as_in_torch():
 @pytest.mark.parametrize("conv1d", [False, True])
 def test_the_way_back_is_exact(conv1d):
     if conv1d:
-        original: nn.Module = pytest.importorskip("transformers.pytorch_utils").Conv1D(OUT, WIDTH)
+        original: Any = pytest.importorskip("transformers.pytorch_utils").Conv1D(OUT, WIDTH)
     else:
         original = nn.Linear(WIDTH, OUT)
     parameter = original.weight
-    values, stride = parameter.detach().clone(), parameter.stride()  # pyright: ignore
+    values, stride = parameter.detach().clone(), parameter.stride()
     layer = SelectiveLinear.from_dense(original, InputThreshold(0.5))
     assert layer.weight is parameter and set(layer.state_dict()) >= {"weight", "bias"}
     back = layer.dense()
     assert back is original and back.weight is parameter
-    assert parameter.stride() == stride and torch.equal(parameter, values)  # pyright: ignore
+    assert parameter.stride() == stride and torch.equal(parameter, values)
 
 
 def test_a_memory_layout_of_the_users_own_comes_back():
@@ -176,10 +177,10 @@ def test_one_input_channel_is_one_row_after_copies_and_casts():
     layer, _ = converted(0.5)
     x = torch.randn(1, WIDTH)
     for made in (copy.deepcopy(layer), copy.deepcopy(layer).double().float()):
-        assert made.weight.t().is_contiguous()  # pyright: ignore
+        assert made.weight.t().is_contiguous()
         torch.testing.assert_close(made(x), layer(x))
     half = copy.deepcopy(layer).to(torch.bfloat16)
-    assert half.weight.t().is_contiguous() and half.selector.cut.dtype == torch.float32  # pyright: ignore
+    assert half.weight.t().is_contiguous() and half.selector.cut.dtype == torch.float32
 
 
 @torch.no_grad()
@@ -188,7 +189,7 @@ def test_a_weight_that_was_exchanged_is_turned_again():
     x = torch.randn(1, WIDTH)
     want = layer(x)
     layer.load_state_dict({"weight": weight.clone(), "bias": layer.bias}, strict=False, assign=True)
-    assert layer.weight.t().is_contiguous()  # pyright: ignore
+    assert layer.weight.t().is_contiguous()
     torch.testing.assert_close(layer(x), want)
 
 

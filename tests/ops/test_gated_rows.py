@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,20 @@ def bank(dtype: torch.dtype, n: int, width: int, generator: torch.Generator) -> 
 class Case:
     """Inputs of which some two thirds pass, by cuts that differ from unit to unit."""
 
-    def __init__(self, dtypes=BANKS[0], tokens: int = 3, n: int = 211, d_in: int = 67, d_out: int = 34, device="cpu", second=False):
+    cut_out: Any
+    up_bias: Any
+    bias: Any
+
+    def __init__(
+        self,
+        dtypes=BANKS[0],
+        tokens: int = 3,
+        n: int = 211,
+        d_in: int = 67,
+        d_out: int = 34,
+        device="cpu",
+        second=False,
+    ):
         generator = torch.Generator().manual_seed(n + d_in + 7 * second)
         self.gate = torch.randn(tokens, n, generator=generator)
         self.hidden = torch.randn(tokens, d_in, generator=generator)
@@ -71,7 +85,7 @@ class Case:
         """Units whose row of down is read."""
         return self.kept if self.cut_out is None else self.kept & ~(self.values.abs() < self.cut_out.double())
 
-    def args(self) -> tuple[Tensor | None, ...]:
+    def args(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in NAMES)
 
     def answer(self) -> Tensor:
@@ -268,7 +282,7 @@ def test_compiles_without_a_break():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def layer(gate, ran):
-        return gated_rows(gate, *(getattr(case, name) for name in NAMES[1:-1]), ran) * 2
+        return gated_rows(gate, *case.args()[1:-1], ran) * 2  # pyright: ignore[reportCallIssue]
 
     with torch.no_grad():
         assert torch.equal(layer(case.gate, case.ran), expected)
@@ -299,7 +313,10 @@ def triton_matches_float64(device: str) -> None:
             with count() as ledger:
                 module.kernel(*case.args())
             found = [value for (name, _), value in ledger.entries.items() if name.startswith("sparingly")]
-            assert sum(entry.macs for entry in found) == int(case.kept.sum()) * shape[2] + int(case.passed.sum()) * shape[3]
+            assert (
+                sum(entry.macs for entry in found)
+                == int(case.kept.sum()) * shape[2] + int(case.passed.sum()) * shape[3]
+            )
 
 
 @pytest.mark.parametrize("way", ["interpreter", "cuda"])

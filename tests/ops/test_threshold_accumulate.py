@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ TOLERANCE = 2e-6
 
 class Case:
     """Inputs of which some two thirds pass, by cuts that differ from unit to unit."""
+
+    bias: Any
 
     def __init__(
         self, dtype: torch.dtype = torch.float32, tokens: int = 3, n: int = 211, d: int = 67, device: str = "cpu"
@@ -45,7 +48,7 @@ class Case:
     def kept(self) -> Tensor:
         return ~(self.x.double().abs() < self.cut.double())
 
-    def args(self) -> tuple[Tensor | None, ...]:
+    def args(self) -> tuple[Any, ...]:
         return self.x, self.rows, self.cut, self.scale, self.bias, self.ran
 
     def answer(self) -> Tensor:

@@ -178,3 +178,13 @@ def test_copies_casts_and_states_keep_the_fit():
         assert torch.equal(again.keeps(values), kept)
     assert Threshold(0.5).to("meta").to_empty(device="cpu").cut.device.type == "cpu"
     assert copy.deepcopy(selector).to("meta").to_empty(device="cpu").cut.shape == (UNITS,)
+
+
+def test_every_buffer_of_a_setting_stays_float32_after_a_cast():
+    selector = Threshold()
+    selector.fit(torch.randn(12, 5), None, torch.randn(60, 12), torch.rand(12), torch.rand(12))
+    selector.setting = 60
+    before = {name: value.clone() for name, value in selector._buffers.items() if value is not None}
+    selector.to(torch.bfloat16)
+    assert before["centre"].numel() and torch.equal(before["centre"], before["middles"])
+    assert all(torch.equal(selector._buffers[name], value) for name, value in before.items())

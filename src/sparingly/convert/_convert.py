@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparingly.convert._find import Place, Skipped, find
@@ -61,7 +62,7 @@ def convert_(
     Args:
         model: any network; transformers' models of any family.
         selector: how units are chosen; every place gets a copy. Or a mapping of ``where`` to selector. None: what suits
-            each part: ``{"mlp": Threshold(), "linear": InputThreshold(), "head": Screen()}``, parts that the network
+            each part: ``{"mlp": Threshold(), "linear": InputThreshold(), "head": Screen(256)}``, parts that the network
             lacks being left out.
         where: "mlp" (hidden layers of MLP blocks), "linear" (every other linear layer inside repeated blocks, and the
             layer of an MLP that computes every activation), "attention" (those of attention only), "head" (the output
@@ -75,7 +76,12 @@ def convert_(
         TypeError: no selector, or one that does not fit the place.
     The model is as it was, whatever is raised.
     """
-    plan = _plan(model, selector, where, example)
+    # What is made in inference mode could not be changed outside of it.
+    with torch.inference_mode(False):
+        return _convert(model, _plan(model, selector, where, example))
+
+
+def _convert(model: nn.Module, plan: _Plan) -> Changes:
     replaced: dict[str, Selective] = {}
     changes: list[Change] = []
     try:
@@ -102,7 +108,8 @@ def restore_(model: nn.Module) -> tuple[str, ...]:
         raise ValueError("nothing to restore: the model has no selective layers")
     if "" in replaced:
         raise ValueError("the model is itself one selective layer; its dense() gives the original")
-    _put_back(model, replaced)
+    with torch.inference_mode(False):
+        _put_back(model, replaced)
     if hasattr(model, CONTRACT):
         delattr(model, CONTRACT)
     return tuple(replaced)
@@ -144,7 +151,7 @@ def _plan(model: nn.Module, selector: Any, where: str | None, example: Any) -> _
 
 def _wanted(selector: Any, where: str | None) -> dict[str, Selector]:
     if selector is None:
-        wanted: dict[str, Selector] = {"mlp": Threshold(), "linear": InputThreshold(), "head": Screen()}
+        wanted: dict[str, Selector] = {"mlp": Threshold(), "linear": InputThreshold(), "head": Screen(256)}
         return wanted if where is None else {where: wanted.get(where, Threshold())}
     if isinstance(selector, Mapping):
         if where is not None:
@@ -223,12 +230,10 @@ def _make(model: nn.Module, place: Place, selector: Selector) -> Selective:
         module = SelectiveLinear.from_dense(original, selector)
         module.of_mlp = place.kind == "mlp"
         return module
-    names = [None if name is None else name.removeprefix(f"{place.path}.") for name in (place.up, place.gate, place.down)]
-    up, gate, down = names
+    full = (place.up, place.gate, place.down)
+    up, gate, down = [None if name is None else name.removeprefix(f"{place.path}.") for name in full]
     assert up is not None and down is not None and place.activation is not None
-    return SelectiveMLP(
-        original, up, down, place.activation, selector, gate=gate, gate_first=place.fused != "up_gate"
-    )
+    return SelectiveMLP(original, up, down, place.activation, selector, gate=gate, gate_first=place.fused != "up_gate")
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -2,7 +2,21 @@
 
 from sparingly.nn.bag import SelectiveBag
 from sparingly.nn.head import SelectiveHead
+from sparingly.nn.linear import SelectiveLinear
+from sparingly.nn.mlp import SelectiveMLP
 from sparingly.nn.plan import Plan
+from sparingly.nn.screen_head import ScreenHead
+from sparingly.nn.selective import Selective
 from sparingly.nn.tune import Tried, TuneReport
 
-__all__ = ["Plan", "SelectiveBag", "SelectiveHead", "Tried", "TuneReport"]
+__all__ = [
+    "Plan",
+    "ScreenHead",
+    "Selective",
+    "SelectiveBag",
+    "SelectiveHead",
+    "SelectiveLinear",
+    "SelectiveMLP",
+    "Tried",
+    "TuneReport",
+]

@@ -13,7 +13,8 @@ HALF = "weights or inputs are float16, for which there is no kernel: one dense p
 
 def transposed(layer: nn.Module) -> bool:
     """True for layers whose weight is [in, out] (transformers' Conv1D), False for [out, in] (torch.nn.Linear)."""
-    return hasattr(layer, "nf") or bool(getattr(layer, "transposed", False))
+    # nn.Module looks for a missing attribute in four places: ask the class first.
+    return type(layer) is not nn.Linear and (hasattr(layer, "nf") or bool(getattr(layer, "transposed", False)))
 
 
 def sizes(layer: nn.Module) -> tuple[int, int]:

@@ -33,6 +33,8 @@ class SelectiveLinear(Selective, nn.Linear):
     """
 
     selector: Threshold
+    transposed: bool
+    _columns: bool
 
     @classmethod
     def from_dense(cls, layer: nn.Module, selector: Threshold) -> SelectiveLinear:
@@ -97,7 +99,8 @@ class SelectiveLinear(Selective, nn.Linear):
             self._note(MANY if many else _rows.HALF if half else GRADIENTS, tokens)
             return self._product(selector.masked(x))
         flat = selector.centred(x.reshape(tokens, self.in_features))
-        sums = threshold_accumulate(flat, _rows.by_input(self), selector.cut, None, self._rest(), self.ran)
+        rows = self.weight if self.transposed else self.weight.t()
+        sums = threshold_accumulate(flat, rows, selector.cut, None, self._rest(), self.ran)
         return sums.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _rest(self) -> Tensor | None:

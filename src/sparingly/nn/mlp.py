@@ -140,7 +140,9 @@ class SelectiveMLP(Selective):
             return self.selector.rank * (self._in_features + self.num_units) * 4
         first = self.get_submodule(gate or up)
         size = self.get_submodule(down).weight.element_size()  # pyright: ignore
-        read = 0 if not self.on_activation or isinstance(first, Selective) else self._in_features * self.num_units * size
+        read = (
+            0 if not self.on_activation or isinstance(first, Selective) else self._in_features * self.num_units * size
+        )
         if self.gated and isinstance(self.selector, Threshold) and self.selector.centre.numel():
             read += self._in_features * (self._out_features + 4)
         return read
@@ -148,7 +150,8 @@ class SelectiveMLP(Selective):
     def bytes_read(self, first: float, second: float) -> float:
         """See :meth:`Selective.bytes_read`."""
         before, after = self._unit_bytes()
-        return self.fixed_bytes() + before * first + after * second
+        # Without a second cut all that run do so to the end.
+        return self.fixed_bytes() + before * first + after * (second if self.gated and self.on_activation else first)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
@@ -162,7 +165,7 @@ class SelectiveMLP(Selective):
             reason = WRAPPED
         elif tokens > MOST_TOKENS:
             reason = MANY
-        elif needs_gradient(x, *self.parameters()):
+        elif torch.is_grad_enabled() and needs_gradient(x, *self.parameters()):
             reason = GRADIENTS
         elif torch.float16 in (x.dtype, layers.down.weight.dtype):
             reason = _rows.HALF
@@ -173,8 +176,12 @@ class SelectiveMLP(Selective):
         self._note(reason, tokens)
         return self._product(x, self.selector)
 
+    def _layer(self, name: str) -> nn.Module | None:
+        child = self._modules.get(name)
+        return self.get_submodule(name) if child is None else child
+
     def _layers(self) -> _Layers:
-        up, gate, down = (None if name is None else self.get_submodule(name) for name in self._names)
+        up, gate, down = [None if name is None else self._layer(name) for name in self._names]
         assert up is not None and down is not None
         return _Layers(up, None if gate is up else gate, down, fused=gate is up)
 
@@ -241,7 +248,7 @@ class SelectiveMLP(Selective):
         return mask.scatter_(1, torch.where(ids < 0, self.num_units, ids), True)[:, :-1]
 
     def _hidden(self, layers: _Layers, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [..., in_features] -> every unit's activation, and what it is multiplied with; the layers run as modules."""
+        """x [..., in_features] -> every unit's activation and its factor; the layers run as modules."""
         (activation,) = self._activation
         if layers.fused:
             gate, up = self._halves(layers.up(x))
@@ -292,12 +299,13 @@ class SelectiveMLP(Selective):
 
         bias: that of ``up`` in a gated layer, where only this is the same for every token.
         """
-        centre, down = self.selector.centre, layers.down  # pyright: ignore[reportAttributeAccessIssue]
-        constant = centre if not self.gated else None if bias is None or not centre.numel() else centre * bias
-        if constant is None or not constant.numel():
+        assert isinstance(self.selector, Threshold)
+        centre, down = self.selector.centre, layers.down
+        if not centre.numel() or (self.gated and bias is None):
             return _float(down.bias)
 
         def make() -> Tensor:
+            constant = centre * bias if self.gated and bias is not None else centre
             rest = constant.float() @ _rows.by_input(down).float()
             return rest if down.bias is None else rest + down.bias.float()
 
@@ -306,7 +314,8 @@ class SelectiveMLP(Selective):
     def _resting(self, layers: _Layers, up: Tensor) -> tuple[Tensor, Tensor]:
         """What units at their centre add to a token, a linear map of its input: int8 [in_features, out_features] and
         a scale float32 for each input. In int8 it loses nothing that shows, and every token reads all of it."""
-        centre: Tensor = self.selector.centre  # pyright: ignore[reportAssignmentType]
+        assert isinstance(self.selector, Threshold)
+        centre = self.selector.centre
 
         def make() -> tuple[Tensor, Tensor]:
             whole = (up.float() * centre[:, None]).t() @ _rows.by_input(layers.down).float()

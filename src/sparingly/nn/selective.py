@@ -49,7 +49,8 @@ class Selective(nn.Module):
         self.register_buffer("ran", torch.zeros(4, dtype=torch.int64), persistent=False)
         self.why_dense: dict[str, int] = {}
         self.off = False
-        self._made: dict[str, tuple[object, Any]] = {}
+        self._made: dict[str, tuple[object, Any, object]] = {}
+        self._doubted: set[str] = set()
 
     @property
     def num_units(self) -> int:
@@ -90,15 +91,22 @@ class Selective(nn.Module):
         """Bytes of weights for a token of which ``first`` units run, ``second`` of them to the end (a second cut)."""
         return self.fixed_bytes() + self.unit_bytes() * first
 
-    @torch.no_grad()
     def _kept(self, name: str, make: Callable[[], Any], *sources: Tensor | None) -> Any:
-        """What ``make`` gives, kept until one of the tensors that it is made from changes."""
+        """What ``make`` gives, kept until one of the tensors that it is made from changes.
+
+        PyTorch does not count changes through ``.data`` (peft merges adapters so): after every dense product a sample
+        of the values is looked at too.
+        """
         found = self._made.get(name)
         if torch.compiler.is_compiling():
-            return make() if found is None else found[1]
+            return make() if found is None else found[1]  # What was made before is a constant of the graph.
         mark = tuple([None if source is None else _mark(source) for source in sources])
+        if found is not None and name in self._doubted and found[2] != _looks(sources):
+            found = None
         if found is None or found[0] != mark:
-            found = self._made[name] = (mark, make())
+            with torch.no_grad():
+                found = self._made[name] = (mark, make(), _looks(sources))
+        self._doubted.discard(name)
         return found[1]
 
     def share_run(self) -> float | None:
@@ -110,10 +118,12 @@ class Selective(nn.Module):
         """Forget what ran."""
         self.ran.zero_()
         self.why_dense.clear()
+        self._doubted.update(self._made)
 
     def _note(self, reason: str, tokens: int) -> None:
         if torch.compiler.is_compiling():
             return
+        self._doubted.update(self._made)
         self.why_dense[reason] = self.why_dense.get(reason, 0) + tokens
         self.ran[2] += tokens
 
@@ -123,9 +133,35 @@ def _mark(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
+def _looks(sources: tuple[Tensor | None, ...]) -> list[Any]:
+    """Up to some eighty values of each tensor, evenly spread."""
+    given = [source for source in sources if source is not None]
+    return [source[tuple(slice(None, None, max(1, size // 8)) for size in source.shape)].tolist() for source in given]
+
+
 def lost(contributions: Tensor, kept: Tensor) -> float:
     """contributions [tokens, units] of units to the loss, first order; kept bool -> nats per token, second order."""
     return float(contributions.masked_fill(kept, 0.0).sum(dim=1).square().mean()) / 2
+
+
+def _by_level(
+    sizes: tuple[Tensor, Tensor], levels: Tensor, contributions: Tensor
+) -> tuple[list[float], list[list[float]]]:
+    """For each of rising ``levels``: nats per token lost, and how many units reach it, before and after a second cut.
+
+    sizes: [tokens, units] each, what the first cut and both cuts go by. All levels come from one pass: a unit counts
+    at the levels up to its own.
+    """
+    units, steps = contributions.shape[1], levels.shape[0] + 1
+    runs = []
+    for size in sizes:
+        reached = torch.bucketize(size, levels, right=True)
+        counts = torch.bincount(reached.flatten(), minlength=steps).float() / contributions.shape[0]
+        runs.append((units - counts.cumsum(0)[:-1]).tolist())
+    left_out = torch.zeros(contributions.shape[0], steps, device=contributions.device)
+    left_out.scatter_add_(1, torch.bucketize(sizes[1], levels, right=True), contributions)
+    sums = left_out.cumsum(dim=1)[:, :-1].square().mean(dim=0) / 2
+    return sums.tolist(), runs
 
 
 def threshold_options(layer: Selective, values: Tensor, factor: Tensor | None, moved: Tensor) -> list[Option]:
@@ -139,10 +175,17 @@ def threshold_options(layer: Selective, values: Tensor, factor: Tensor | None, m
     before, options = selector.setting, []
     for setting in selector.settings() or [before]:
         selector.setting = setting
-        first = selector.keeps(values)
-        kept = selector.keeps(values, factor)
-        counts = [float(passed.sum(dim=1).float().mean()) for passed in (first, kept)]
-        options.append(Option(setting, lost(selector.centred(values) * moved, kept), layer.bytes_read(*counts)))
+        if not selector.quantiles.numel() or setting == 100:
+            first = kept = selector.keeps(values)
+            counts = [float(first.sum(dim=1).float().mean())] * 2
+            loss = lost(selector.centred(values) * moved, kept)
+        else:
+            if not options:
+                sizes, tables = selector.sizes(values, factor), selector.levels()
+                sums, runs = _by_level(sizes, tables, (values - selector.middles) * moved)
+            level = selector.settings()[::-1].index(setting)
+            loss, counts = sums[level], [run[level] for run in runs]
+        options.append(Option(setting, loss, layer.bytes_read(*counts)))
     selector.setting = before
     return options
 
@@ -177,5 +220,3 @@ def reset(model: nn.Module) -> None:
     """Forget what ran in every selective layer."""
     for module in selective_modules(model).values():
         module.reset()
-
-

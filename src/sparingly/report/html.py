@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from sparingly.report import figures, findings
+from sparingly.report import conversion, figures, findings
 from sparingly.report.provenance import energy_rows, energy_value, machine_line, versions_line
 from sparingly.report.result import JOBS, RULERS, Method, Report, Saving, Workload
 from sparingly.report.text import percent, percent_interval, seconds, times, times_interval
@@ -44,6 +44,9 @@ def page(report: Report) -> str:
 
 
 def _workload(workload: Workload) -> Iterator[str]:
+    if conversion.is_conversion(workload):
+        yield from _converted(workload)
+        return
     yield _header(workload)
     yield _section("", "", _row("three", [_tile(workload, job) for job in JOBS]))
     lead = "Every axis of cost is logarithmic: equal distances are equal ratios."
@@ -56,6 +59,20 @@ def _workload(workload: Workload) -> Iterator[str]:
     yield _section("Every figure", "", _row("", [_quality(workload), _savings(workload), _others(workload)]))
     lead = "Classes of result are never added up, and a missing figure is never a zero."
     yield _section("Energy", lead, _energy(workload))
+
+
+def _converted(workload: Workload) -> Iterator[str]:
+    """A network that was made selective."""
+    sentences = (conversion.headline(workload) + ".", conversion.contract(workload) + ".")
+    lead = " ".join(escape(sentence) for sentence in sentences)
+    yield f'<header><h1>{escape(workload.title)}</h1><p class="lead">{lead}</p></header>'
+    for made in conversion.tables(workload):
+        rows = [[escape(cell) for cell in row] for row in made.rows]
+        yield _section("", "", _table(made.caption, [escape(head) for head in made.heads], rows))
+    items = conversion.losses(workload)
+    lost = "".join(f"<li>{escape(item)}</li>" for item in items)
+    none = '<p class="say">In this run selection paid on every ruler.</p>'
+    yield _section("Where it does not pay", "", f'<ul class="card losses">{lost}</ul>' if items else none)
 
 
 def _row(kind: str, parts: list[str]) -> str:

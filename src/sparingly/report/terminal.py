@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sparingly.report import findings
+from sparingly.report import conversion, findings
 from sparingly.report.provenance import energy_lines, machine_line, versions_line
 from sparingly.report.result import JOBS, RULERS, Method, Report, Workload
 from sparingly.report.text import percent_interval, seconds, times, times_interval
@@ -30,6 +30,8 @@ def show(report: Report, console: Console | None = None) -> None:
 
 def render(workload: Workload) -> RenderableType:
     """One workload as a rich renderable, 80 columns or wider."""
+    if conversion.is_conversion(workload):
+        return _converted(workload)
     title = workload.title if workload.num_classes is None else f"{workload.title}, {workload.num_classes:,} classes"
     headline = Text(findings.headline(workload), style="bold green")
     headline.append(f"\n{findings.by_job(workload)}", style="not bold default")
@@ -44,6 +46,22 @@ def render(workload: Workload) -> RenderableType:
         *_losses(workload),
         *(Text(f" energy  {line}", style="dim") for line in energy_lines(workload)),
     )
+
+
+def _converted(workload: Workload) -> RenderableType:
+    """A network that was made selective."""
+    headline = Text(conversion.headline(workload), style="bold green")
+    headline.append(f"\n{conversion.contract(workload)}", style="not bold default")
+    parts: list[RenderableType] = [Panel(headline, title=workload.title, title_align="left", box=box.ROUNDED)]
+    for made in conversion.tables(workload):
+        table = _table(made.caption)
+        for place, head in enumerate(made.heads):
+            table.add_column(head, justify="right" if place else "left")
+        for row in made.rows:
+            table.add_row(*row)
+        parts += [table, Text("")]
+    parts += [Text(f" loss  {sentence}", style="red") for sentence in conversion.losses(workload)]
+    return Group(*parts)
 
 
 def _quality(workload: Workload) -> Iterator[RenderableType]:

@@ -21,7 +21,9 @@ _FLOOR = 1e-12
 
 def keep_float32(selector: S, apply: Callable[..., Any], fn: Any, recurse: bool) -> S:
     """``apply(fn, recurse)``, the ``_apply`` of a selector's base, which moves its buffers but leaves their dtypes."""
-    before = {name: value for name, value in selector.named_buffers(recurse=False) if value.is_floating_point()}
+    # Not named_buffers(), which names a tensor once that stands under two names (centre and middles).
+    buffers = selector._buffers.items()
+    before = {name: value for name, value in buffers if value is not None and value.is_floating_point()}
     apply(fn, recurse)
     for name, value in before.items():
         moved = getattr(selector, name)
@@ -170,6 +172,16 @@ class Threshold(Selector):
     def centred(self, values: Tensor) -> Tensor:
         """values [..., num_units] less what units that do not run count as."""
         return values - self.centre if self.centre.numel() else values
+
+    def sizes(self, values: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """values [..., num_units] -> what the first cut goes by, and what both together go by, of a fit from data."""
+        centred = (values - self.middles).abs()
+        first = centred * self.importance
+        return first, first if factor is None else torch.minimum(first, (centred * factor).abs() * self.importance_out)
+
+    def levels(self) -> Tensor:
+        """The sizes at which :meth:`settings` cut, from the dearest to the cheapest, so that they rise; float32."""
+        return self.quantiles[[100 - setting for setting in reversed(self.settings())]]
 
     def keeps(self, values: Tensor, factor: Tensor | None = None) -> Tensor:
         """values [..., num_units] -> bool of the same shape: which run. NaN always does, so that it shows.

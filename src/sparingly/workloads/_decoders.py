@@ -282,7 +282,7 @@ def _check(model: Any, max_tokens: int) -> None:
 @contextmanager
 def without_onednn(whether: bool = True):
     """At batch 1 PyTorch's own bfloat16 product reads 2.5 times as fast as oneDNN's; prompts are faster with it."""
-    before = torch.backends.mkldnn.enabled
+    before = bool(torch.backends.mkldnn.enabled)
     if whether:
         torch._C._set_mkldnn_enabled(False)
     try:

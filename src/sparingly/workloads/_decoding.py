@@ -154,13 +154,8 @@ def costs(engines: Sequence[Engine], prompts: Sequence[Tensor], tokens: int = 64
                     seconds.append(time.perf_counter() - begun)
             if turn:
                 reading.append(spent)
-    return [
-        Cost(
-            engine,
-            torch.get_num_threads(),
-            *np.percentile(steps, (50, 20, 80)).tolist(),
-            median(seconds),
-            median(reading),
-        )
-        for engine, steps, seconds, reading in zip(engines, cpu, wall, prefill, strict=True)
-    ]
+    found = []
+    for engine, steps, seconds, reading in zip(engines, cpu, wall, prefill, strict=True):
+        middle, lo, hi = np.percentile(steps, (50, 20, 80)).tolist()
+        found.append(Cost(engine, torch.get_num_threads(), middle, lo, hi, median(seconds), median(reading)))
+    return found

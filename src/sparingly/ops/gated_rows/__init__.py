@@ -42,8 +42,8 @@ def _check(
 
 OP = Op(
     "gated_rows",
-    "(Tensor gate, Tensor hidden, Tensor up, Tensor down, Tensor cut, Tensor? cut_out, Tensor? up_bias, Tensor? up_scale, "
-    "Tensor? down_scale, Tensor? bias, Tensor(a!) ran) -> Tensor",
+    "(Tensor gate, Tensor hidden, Tensor up, Tensor down, Tensor cut, Tensor? cut_out, Tensor? up_bias, "
+    "Tensor? up_scale, Tensor? down_scale, Tensor? bias, Tensor(a!) ran) -> Tensor",
     reference,
     check=_check,
     kernel_args=11,

@@ -20,7 +20,8 @@ def record(
     *,
     copied: int = 0,
 ) -> None:
-    """Record ``visited`` rows of up and ``passed`` of down: one entry of ``up``'s dtype, and where ``down`` has another, one of that.
+    """Record ``visited`` rows of up and ``passed`` of down: one entry of ``up``'s dtype, and where ``down`` has
+    another, one of that.
 
     ``of_up``, ``of_down``: vectors [n] of which an element goes with each row. ``read``: tensors that pass whole, the
     gate first. ``copied``: bytes of temporaries, written once and read once. Comparisons with the cut and the

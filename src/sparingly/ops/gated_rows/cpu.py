@@ -25,7 +25,6 @@ from sparingly.ops.threshold_accumulate.cpu import (
     why_not_banks,
 )
 
-
 # Units whose rows of up are read in one go. Their rows of down are asked for as soon as they have passed the second
 # cut, and added after the next group's rows of up: by then they are there.
 GROUP = 8

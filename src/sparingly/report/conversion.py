@@ -1,0 +1,158 @@
+"""What a converted network's result says, as tables of text that the terminal and the page both show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sparingly.report.result import RULERS, Interval, Workload
+from sparingly.report.text import percent, percent_interval, times, times_interval
+
+PRECISIONS = {"saving": "fp32", "saving_bf16": "bf16", "saving_int8": "int8"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A caption, the heads of the columns and rows of cells."""
+
+    caption: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def is_conversion(workload: Workload) -> bool:
+    """True for a workload that makes an existing network selective."""
+    return "contract" in workload.raw
+
+
+def savings(workload: Workload) -> Iterator[tuple[str, dict[str, Interval]]]:
+    """(precision, ruler -> dense cost ÷ selective cost) for one decoded token, or one answer of an encoder."""
+    inference = workload.raw.get("inference") or {}
+    for key, precision in PRECISIONS.items():
+        raw = (inference.get("decode") or inference.get("batch_1") or {}).get(key) or {}
+        found = {ruler: Interval.of(raw.get(ruler)) for ruler in RULERS}
+        present = {ruler: interval for ruler, interval in found.items() if interval is not None}
+        if present:
+            yield precision, present
+
+
+def headline(workload: Workload) -> str:
+    """The contract and the smallest saving over every ruler and precision, in one sentence."""
+    contract = workload.raw["contract"]
+    if contract.get("setting") is None:
+        return "No setting kept the contract: the network stays dense."
+    found = [
+        (interval.value, RULERS[ruler], precision)
+        for precision, rulers in savings(workload)
+        for ruler, interval in rulers.items()
+    ]
+    if not found:
+        return "The contract holds; no saving was measured."
+    value, ruler, precision = min(found)
+    return f"{times(value)} is the smallest saving ({precision}, {ruler}) under the contract"
+
+
+def contract(workload: Workload) -> str:
+    """The promise, and what the test found, in one sentence."""
+    raw = workload.raw["contract"]
+    asked = f"at most {percent(raw['max_drop'])} of {raw['metric']} lost, at {percent(raw['confidence'])} confidence"
+    if raw.get("setting") is None:
+        return f"{asked}: nothing passed on {raw['n']:,} examples"
+    found = f"{percent(raw['drop'])} lost, at most {percent(raw['upper'])}"
+    clipped = f"; {raw['clipped']} counted as {raw['clip']:g} times the limit" if raw.get("clipped") else ""
+    return f"{asked}: {found} on {raw['n']:,} examples ({raw['bound']}{clipped})"
+
+
+def losses(workload: Workload) -> list[str]:
+    """Where selection did not pay, one sentence each."""
+    found = [
+        f"{precision}: {RULERS[ruler]} {times(interval.value)}, not shown to be a saving"
+        for precision, rulers in savings(workload)
+        for ruler, interval in rulers.items()
+        if interval.bounds[0] <= 1
+    ]
+    drop = Interval.of((workload.raw.get("quality") or {}).get("drop"))
+    limit = workload.raw["contract"].get("max_drop")
+    if drop is not None and limit is not None and drop.value > limit:
+        found.append(f"{percent(drop.value)} lost on held-out data, more than the contract's {percent(limit)}")
+    return found
+
+
+def tables(workload: Workload) -> list[Table]:
+    """Everything that was measured; parts that are absent are left out."""
+    made = (_quality(workload), _savings(workload), _head(workload), _controls(workload), _layers(workload))
+    return [table for table in made if table.rows]
+
+
+def _quality(workload: Workload) -> Table:
+    quality = workload.raw.get("quality") or {}
+    parts = {"all": quality} | {name: entry for name, entry in quality.items() if _is_pair(entry)}
+    rows = []
+    for name, entry in parts.items():
+        if not _is_pair(entry):
+            continue
+        drop = Interval.of(entry.get("drop"))
+        values = [_figure(Interval.of(entry[side])) for side in ("dense", "selective")]
+        rows.append((name, *values, "-" if drop is None else percent_interval(drop)))
+    if workload.agreement is not None:
+        rows.append(("same best answer", "", "", percent_interval(workload.agreement)))
+    same = (workload.raw.get("continuations") or {}).get("identical")
+    if same is not None:
+        rows.append(("identical greedy continuations", "", "", percent_interval(Interval(**same))))
+    n = "" if workload.num_tested is None else f", {workload.num_tested:,} held-out examples"
+    return Table(f"Quality: {workload.metric}{n}", ("", "dense", "selective", "lost, 95 %"), tuple(rows))
+
+
+def _is_pair(entry: Any) -> bool:
+    return isinstance(entry, dict) and "dense" in entry and "selective" in entry
+
+
+def _figure(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{interval.value:.4g}"
+
+
+def _savings(workload: Workload) -> Table:
+    found = list(savings(workload))
+    present = [ruler for ruler in RULERS if any(ruler in rulers for _, rulers in found)]
+    rows = []
+    for precision, rulers in found:
+        cells = (times_interval(rulers[ruler]) if ruler in rulers else "-" for ruler in present)
+        rows.append((precision, times(min(i.value for i in rulers.values())), *cells))
+    heads = ("both", "smallest", *(RULERS[ruler] for ruler in present))
+    return Table("One answer: cost of the dense network ÷ cost of the selective one", heads, tuple(rows))
+
+
+def _head(workload: Workload) -> Table:
+    rows = [
+        (
+            f"rank {row['rank']}, {row['keep']:,} exact",
+            percent_interval(Interval(**row["agreement"])),
+            times_interval(Interval(**row["cpu_s"])),
+        )
+        for row in (workload.raw.get("head") or {}).get("rows") or []
+    ]
+    engine = (workload.raw.get("head") or {}).get("engine")
+    return Table(f"The output layer alone, against {engine}", ("screen", "same best", "processor time"), tuple(rows))
+
+
+def _controls(workload: Workload) -> Table:
+    controls = workload.raw.get("controls") or {}
+    drops = (controls.get("drop") or {}).items()
+    rows = [(name, percent_interval(Interval(**drop))) for name, drop in drops]
+    share = percent(controls.get("share", 0.0))
+    return Table(f"{share} of the hidden units by each selector, without a contract", ("selector", "lost"), tuple(rows))
+
+
+def _layers(workload: Workload) -> Table:
+    """Layers of one kind together: their number, and the mean share of units that ran."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for layer in workload.raw.get("layers") or []:
+        if layer.get("share_run") is not None:
+            key = (str(layer["name"]).rpartition(".")[2], str(layer["selector"]))
+            groups.setdefault(key, []).append(float(layer["share_run"]))
+    rows = [
+        (name, selector, str(len(shares)), percent(sum(shares) / len(shares)), percent(min(shares)))
+        for (name, selector), shares in groups.items()
+    ]
+    return Table("Units that ran", ("layers", "selector", "how many", "mean share", "least"), tuple(rows))

@@ -1,0 +1,303 @@
+"""Decoding one token with a converted Llama-type network as one compiled call.
+
+Between the 210 operators that a token of SmolLM2-135M calls, Python takes two thirds of the time that the operators
+do; here it builds a table of addresses once.
+"""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparingly.energy import ledger
+from sparingly.nn import _rows
+from sparingly.nn.linear import SelectiveLinear
+from sparingly.nn.mlp import SelectiveMLP
+from sparingly.nn.screen_head import ScreenHead
+from sparingly.nn.selective import Selective
+from sparingly.ops._pages import HUGE_PAGE_BYTES, request_huge_pages
+from sparingly.ops._views import LIKE
+from sparingly.selectors.threshold import Threshold
+from sparingly.workloads import _planned_kernels as kernels
+from sparingly.workloads._decoders import Decoder, _Block, without_onednn
+
+THREADS = "more than one thread: operators share rows out, one compiled call does not"
+LEDGER = "a ledger counts: the modules run, so that it sees them"
+
+
+class Unplanned(Exception):
+    """Why a network cannot be decoded as one compiled call."""
+
+
+class PlannedDecoder(Decoder):
+    """A :class:`Decoder` that takes a token through all layers of a converted network in one compiled call.
+
+    For what ``sp.convert_(model)`` and ``sp.calibrate`` leave: query, key, value, output and gate are fitted
+    :class:`SelectiveLinear`, the MLP a gated :class:`SelectiveMLP` with silu and a fitted :class:`Threshold`; weights
+    all float32 or all bfloat16, one thread. A fitted :class:`ScreenHead` is called as it is. Prompts, any other
+    network, and tokens that a ledger counts take the modules' path of :class:`Decoder`; ``why_modules`` says why.
+    Activations are float32 throughout, also where the weights are bfloat16, which the modules' path rounds between.
+
+    Weights and thresholds are read where the modules keep them. A setting or ``off`` that changes is noticed with the
+    next token; weights, modules and hooks of a layer with the next prompt. Modules' ``ran`` counts go on; forward hooks
+    are a reason for the modules' path. The weights of a layer are moved side by side into memory of 2 MB pages, where
+    the system grants them (their values, shapes and strides stay): 2 to 10 % of a token.
+
+    Parameters as of :class:`Decoder`; ``precision`` is that of plain ``nn.Linear``, so of an output layer without a
+    screen.
+    """
+
+    name = "selective, one compiled call"
+
+    def __init__(self, model: Any, precision: str = "fp32", max_tokens: int = 512):
+        super().__init__(model, precision, max_tokens)
+        self.layers, self.lm_head = list(model.model.layers), model.lm_head
+        self._plan: _Plan | None = None
+        self._reason: str | None = None
+        self._watch = _Watch(self.layers)
+
+    @property
+    def why_modules(self) -> str | None:
+        """Why the next token would take the modules' path, or None if it is one compiled call."""
+        return self._why(self._watch.changed())
+
+    def _why(self, changed: bool) -> str | None:
+        if changed:
+            self._build()
+        if ledger.active():
+            return LEDGER
+        return THREADS if torch.get_num_threads() > 1 else self._reason
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _build(self) -> None:
+        before, self._watch = self._watch, _Watch(self.layers)
+        if before.modules != self._watch.modules:
+            self.blocks = [_Block(layer, self.precision) for layer in self.layers]
+        self._plan, self._reason = None, None
+        try:
+            self._plan = _Plan(self)
+        except Unplanned as reason:
+            self._reason = str(reason)
+        self._watch.remember()
+
+    @torch.inference_mode()
+    def _run(self, ids: Tensor, every: bool = False) -> Tensor:
+        watch = self._watch
+        reason = self._why(watch.changed() if self.length == 0 else watch.switched())
+        if reason is not None or len(ids) != 1 or self.length >= self.max_tokens:
+            return super()._run(ids, every)
+        assert self._plan is not None
+        with without_onednn():
+            # A copy: the embedding of one token may be a view, and this is written to.
+            x = self.embedding(ids).to(torch.float32, copy=True).contiguous()
+            self._plan.run(x, self.length)
+            self.length += 1
+            return self._logits(F.rms_norm(x, x.shape[1:], *self.norm))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        head = self.lm_head
+        hooked = head._forward_hooks or head._forward_pre_hooks
+        if not isinstance(head, ScreenHead) or hooked or head._why_dense(x) is not None:
+            return self.head(x).float()
+        head._count(1, min(head.selector.setting, head.num_units))
+        return head.selector.logits(x, head.weight, head.bias)
+
+
+class _Watch:
+    """Notices changes in layers that a table of addresses was made from."""
+
+    def __init__(self, layers: list[Any]):
+        self.modules = modules = [module for layer in layers for module in layer.modules()]
+        self.selective = [module for module in modules if isinstance(module, Selective)]
+        self.places = [
+            (held, name) for m in modules for held in (m._modules, m._parameters, m._buffers) for name in held
+        ]
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.cuts = [module.selector._buffers for module in self.selective]
+        self.found: list[Any] | None = None
+
+    def remember(self) -> None:
+        """What is there now is what later calls compare with."""
+        self.found = [held.get(name) for held, name in self.places]
+        tensors = [found for found in self.found if isinstance(found, Tensor)]
+        counters = {id(module.ran) for module in self.selective}
+        self.tensors = tensors
+        # Counters change with every token, and tensors of inference mode do not say when they do.
+        self.versioned = [t for t in tensors if not t.is_inference() and id(t) not in counters]
+        self.mark, self.now = self._mark(), self._switches()
+
+    def switched(self) -> bool:
+        """Whether a setting or ``off`` changed; 0.03 ms, 1 ms for :meth:`changed`."""
+        return self.found is None or self._switches() != self.now
+
+    def changed(self) -> bool:
+        """Whether anything did."""
+        if self.found is None or self.switched():
+            return True
+        now = [held.get(name) for held, name in self.places]
+        return not all(map(is_, now, self.found)) or self._mark() != self.mark
+
+    def _switches(self) -> tuple[list[int], list[bool]]:
+        # A new setting is a new tensor; the old ones are held, so that no new one has the same number.
+        return [id(held["cut"]) for held in self.cuts], [module.off for module in self.selective]
+
+    def _mark(self) -> tuple[Any, ...]:
+        pointers = [tensor.data_ptr() for tensor in self.tensors]
+        return pointers, [tensor._version for tensor in self.versioned], any(self.hooks)
+
+
+class _Plan:
+    """The addresses of a network's layers. Raises :class:`Unplanned` for layers of another kind."""
+
+    def __init__(self, decoder: PlannedDecoder):
+        self.keep: list[Tensor] = []
+        layers = decoder.layers
+        first = layers[0].mlp
+        if not isinstance(first, SelectiveMLP):
+            raise Unplanned("mlp is not a SelectiveMLP")
+        d, n = decoder.norm[0].numel(), first.num_units
+        self.sizes = d, n, decoder.heads, decoder.shared, decoder.width, decoder.max_tokens
+        self.dtype = first._layers().down.weight.dtype
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise Unplanned(f"weights are {self.dtype}, not float32 or bfloat16")
+        rows = []
+        for number, layer in enumerate(layers):
+            try:
+                rows.append(self._layer(layer, decoder.blocks[number].norms))
+            except Unplanned as reason:
+                raise Unplanned(f"layer {number}: {reason}") from None
+        self.table = np.array(rows, np.int64)
+        self.eps = np.array([[eps for _, eps in block.norms] for block in decoder.blocks], np.float32)
+        self.work = torch.empty(kernels.workspace(*self.sizes[:5]))
+        self.scaling, self.places = float(decoder.scaling), (decoder.cos, decoder.sin, decoder.cache)
+
+    def run(self, x: Tensor, position: int) -> None:
+        """x float32 [1, d], contiguous -> what comes out of the last layer, in its place."""
+        cos, sin, cache = self.places
+        turned = 4 * position * cos.shape[1]
+        kernels.decode(
+            LIKE[self.dtype],
+            self.table,
+            self.eps,
+            (*self.sizes, position),
+            self.scaling,
+            x.data_ptr(),
+            self.work.data_ptr(),
+            cos.data_ptr() + turned,
+            sin.data_ptr() + turned,
+            cache.data_ptr(),
+        )
+
+    def _layer(self, layer: Any, norms: list[tuple[Tensor, float]]) -> list[int]:
+        d, n, heads, shared, width, _ = self.sizes
+        attention, inner, outer = layer.self_attn, heads * width, shared * width
+        _gather([part.weight for part in layer.modules() if isinstance(part, nn.Linear)])
+        found = []
+        for name, shape in (("q", (d, inner)), ("k", (d, outer)), ("v", (d, outer)), ("o", (inner, d))):
+            found += self._linear(f"{name}_proj", getattr(attention, f"{name}_proj"), shape)
+        found += self._mlp(layer.mlp, d, n)
+        return found + [self._vector(gain, d) for gain, _ in norms]
+
+    def _linear(self, name: str, layer: Any, shape: tuple[int, int]) -> list[int]:
+        """Addresses in the order WEIGHT, CUT, CENTRE, REST, RAN."""
+        if type(layer) is not SelectiveLinear:
+            raise Unplanned(f"{name} is not a SelectiveLinear")
+        selector = _threshold(name, layer)
+        return [
+            self._bank(name, _rows.by_input(layer), shape),
+            self._vector(selector.cut, shape[0]),
+            self._vector(selector.centre, shape[0]),
+            self._vector(layer._rest(), shape[1]),
+            self._at(layer.ran),
+        ]
+
+    def _mlp(self, mlp: Any, d: int, n: int) -> list[int]:
+        """The gate's addresses, then those from UP to MLP_RAN."""
+        if type(mlp) is not SelectiveMLP or not mlp.gated:
+            raise Unplanned("mlp is not a gated SelectiveMLP")
+        layers, selector = mlp._layers(), _threshold("mlp", mlp)
+        if layers.fused or not _silu(mlp._activation[0]):
+            raise Unplanned("mlp has one matrix for gate and up, or another activation than silu")
+        if not all(type(part) is nn.Linear and not _changed(part) for part in (layers.up, layers.down)):
+            raise Unplanned("up or down is not a plain nn.Linear")
+        codes, scale = mlp._resting(layers, layers.up.weight) if selector.centre.numel() else (None, None)
+        bias = None if layers.up.bias is None else layers.up.bias.detach().float()
+        return [
+            *self._linear("gate", layers.gate, (d, n)),
+            self._bank("up", layers.up.weight, (n, d)),
+            self._bank("down", _rows.by_input(layers.down), (n, d)),
+            self._vector(bias, n),
+            self._vector(selector.cut, n),
+            self._vector(selector.cut_out, n),
+            self._vector(selector.centre, n),
+            self._vector(mlp._rest(layers, layers.up.bias), d),
+            0 if codes is None else self._at(codes),
+            self._vector(scale, d),
+            self._at(mlp.ran),
+        ]
+
+    def _bank(self, name: str, rows: Tensor, shape: tuple[int, int]) -> int:
+        if rows.dtype != self.dtype or rows.shape != shape or not rows.is_contiguous():
+            want = f"{list(shape)}, contiguous, {self.dtype}"
+            raise Unplanned(f"{name}'s rows must be {want}; got {list(rows.shape)}, {rows.dtype}")
+        return self._at(rows)
+
+    def _vector(self, vector: Tensor | None, size: int) -> int:
+        """The address of float32 [size], a copy of it where it is of another type; 0 for none or an empty one."""
+        if vector is None or not vector.numel():
+            return 0
+        if vector.shape != (size,):
+            raise Unplanned(f"a vector must be [{size}], got {list(vector.shape)}")
+        return self._at(vector.detach().float().contiguous())
+
+    def _at(self, tensor: Tensor) -> int:
+        if not tensor.is_cpu or tensor.is_neg():
+            raise Unplanned(f"tensors must be on the CPU, got {tensor.device}")
+        # Another tensor of the same memory: a parameter may be given new memory.
+        self.keep.append(tensor.detach())
+        return tensor.data_ptr()
+
+
+def _gather(weights: list[Tensor]) -> None:
+    """Move matrices of one dtype side by side into memory of 2 MB pages: most are smaller than such a page, or not
+    many times as large. Nothing is done where they lie so already."""
+    if len({weight.dtype for weight in weights}) != 1 or not all(weight.is_cpu for weight in weights):
+        return
+    if len({weight.untyped_storage().data_ptr() for weight in weights}) == 1:
+        return
+    size, element = sum(weight.numel() for weight in weights), weights[0].element_size()
+    page = HUGE_PAGE_BYTES // element
+    room = torch.empty((-(-size // page) + 1) * page, dtype=weights[0].dtype)
+    first = -(room.data_ptr() // element) % page
+    room = room[first : first + -(-size // page) * page]
+    request_huge_pages(room)
+    for weight in weights:
+        turned = not weight.is_contiguous()
+        source = weight.t() if turned else weight
+        place, room = room[: weight.numel()].view(source.shape), room[weight.numel() :]
+        place.copy_(source)
+        weight.data = place.t() if turned else place
+
+
+def _threshold(name: str, layer: Selective) -> Threshold:
+    if not isinstance(layer.selector, Threshold):
+        raise Unplanned(f"{name} has no Threshold")
+    reason = layer._idle() or ("it has hooks" if _changed(layer) else None)
+    if reason is not None:
+        raise Unplanned(f"{name}: {reason}")
+    return layer.selector
+
+
+def _changed(layer: Any) -> bool:
+    """True if something other than the layer's own ``forward`` runs when it is called."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+
+
+def _silu(activation: Any) -> bool:
+    return activation is F.silu or type(activation).__name__ in ("SiLU", "SiLUActivation")
