@@ -38,6 +38,11 @@ def test_check_writes_nothing_and_says_stale(tmp_path, capsys):
     assert readme.main([*arguments, "--check"]) == 0
 
 
-@pytest.mark.skipif(not (ROOT / readme.RESULTS).exists(), reason="no result file has been committed")
-def test_the_readme_shows_the_committed_result():
-    assert readme.main(["--check", "--readme", str(ROOT / "README.md"), "--results", str(ROOT / readme.RESULTS)]) == 0
+def test_a_block_without_its_result_is_refused():
+    with pytest.raises(ValueError, match="no result of a converted network"):
+        readme.update("<!-- figures: converted -->\n<!-- /figures -->\n", result.load(SAMPLE))
+
+
+def test_the_readme_shows_the_committed_results():
+    results = [str(ROOT / file) for file in readme.RESULTS]
+    assert readme.main(["--check", "--readme", str(ROOT / "README.md"), "--results", *results]) == 0

@@ -187,4 +187,4 @@ def test_every_buffer_of_a_setting_stays_float32_after_a_cast():
     before = {name: value.clone() for name, value in selector._buffers.items() if value is not None}
     selector.to(torch.bfloat16)
     assert before["centre"].numel() and torch.equal(before["centre"], before["middles"])
-    assert all(torch.equal(selector._buffers[name], value) for name, value in before.items())
+    assert all(torch.equal(getattr(selector, name), value) for name, value in before.items())

@@ -95,7 +95,8 @@ def test_predict_without_a_network_says_what_to_do(tmp_path):
 
 
 def test_bench_refuses_what_it_does_not_have(tmp_path):
-    assert "must be spell" in sparingly(tmp_path, "bench", "chess").stderr
+    refused = sparingly(tmp_path, "bench", "spell", "chess")
+    assert refused.returncode == 2 and "spell, smollm, got 'chess'" in refused.stderr
     assert sparingly(tmp_path, "bench", "--quick", "--full").returncode == 2
 
 

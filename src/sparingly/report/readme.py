@@ -1,4 +1,4 @@
-"""The README's figures, generated from a result file between markers: `python -m sparingly.report.readme [--check]`.
+"""The README's figures, generated from result files between markers: `python -m sparingly.report.readme [--check]`.
 
 A block starts with `<!-- figures: NAME -->` and ends with `<!-- /figures -->`; NAME is a key of BLOCKS.
 """
@@ -8,34 +8,43 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from sparingly.report import findings
+from sparingly.report import conversion, findings
 from sparingly.report.provenance import energy_rows, energy_value, machine_line, versions_line
 from sparingly.report.result import JOBS, RULERS, Report, Saving, Workload, load, number
 from sparingly.report.text import percent_interval, seconds, times, times_interval
 
-RESULTS = Path("benchmarks/results/spell.json")
+RESULTS = (Path("benchmarks/results/spell.json"), Path("benchmarks/results/smollm.json"))
 README = Path("README.md")
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
-def update(text: str, report: Report) -> str:
-    """README text -> the same with every block filled from the first workload of `report`.
+def update(text: str, *reports: Report) -> str:
+    """README text -> the same with every block filled from the workloads of `reports`.
 
-    Raises ValueError if there is no block, or one with a name that is not in BLOCKS.
+    Raises ValueError if there is no block, one with a name that is not in BLOCKS, or no workload for it.
     """
     names = [match.group(2) for match in _BLOCK.finditer(text)]
     unknown = sorted(set(names) - set(BLOCKS))
     if not names or unknown:
         raise ValueError(f"README blocks must be among {sorted(BLOCKS)} and at least one, got {names}")
-    return _BLOCK.sub(lambda match: match.group(1) + BLOCKS[match.group(2)](report) + match.group(3), text)
+    return _BLOCK.sub(lambda match: match.group(1) + BLOCKS[match.group(2)](reports) + match.group(3), text)
 
 
-def table(report: Report) -> str:
+def _find(reports: Sequence[Report], converted: bool) -> tuple[Report, Workload]:
+    """The first workload that converts a network, or that does not, and its report."""
+    for report in reports:
+        for workload in report.workloads:
+            if conversion.is_conversion(workload) == converted:
+                return report, workload
+    raise ValueError(f"no result of a {'converted' if converted else 'trained'} network for a block of the README")
+
+
+def table(reports: Sequence[Report]) -> str:
     """The table: quality, cost, and the saving by the smallest ruler, then its losses and where it comes from."""
-    workload = report.workloads[0]
+    report, workload = _find(reports, converted=False)
     classes = "" if workload.num_classes is None else f", {workload.num_classes:,} classes"
     head = [f"{workload.title}{classes}", "selective", "compared with", "saving"]
     rows = [head, ["---", "---", "---", "---:"], *_quality(workload), *_costs(workload), *_others(workload)]
@@ -43,12 +52,26 @@ def table(report: Report) -> str:
     return "\n".join([*lines, "", *_small_print(report, workload)]) + "\n"
 
 
-def batching(report: Report) -> str:
+def batching(reports: Sequence[Report]) -> str:
     """The sentence on what a batch eats."""
-    return (findings.batching(report.workloads[0]) or "Batches were not measured.") + "\n"
+    return (findings.batching(_find(reports, converted=False)[1]) or "Batches were not measured.") + "\n"
 
 
-BLOCKS: dict[str, Callable[[Report], str]] = {"table": table, "batching": batching}
+def converted(reports: Sequence[Report]) -> str:
+    """What a converted network lost and saved: the contract, quality, costs, the output layer, losses, provenance."""
+    report, workload = _find(reports, converted=True)
+    lines = [f"{workload.title}: {conversion.contract(workload)}. {conversion.headline(workload)}.", ""]
+    for made in conversion.tables(workload)[:3]:
+        rows = [(made.caption, *made.heads[1:]), ("---", *["---:"] * (len(made.heads) - 1)), *made.rows]
+        lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    lost = conversion.losses(workload)
+    lines += [f"Where it loses: {'; '.join(lost)}."] if lost else []
+    note = report.raw.get("note")
+    lines += [str(note)] if note else []
+    return "\n".join([*lines, f"Measured on {machine_line(report.machine)}; {versions_line(report)}."]) + "\n"
+
+
+BLOCKS: dict[str, Callable[[Sequence[Report]], str]] = {"table": table, "batching": batching, "converted": converted}
 
 
 def _quality(workload: Workload) -> Iterator[list[str]]:
@@ -121,10 +144,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sparingly.report.readme", description=main.__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the README is stale")
     parser.add_argument("--readme", type=Path, default=README)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, nargs="+", default=RESULTS)
     options = parser.parse_args(arguments)
     text = options.readme.read_text(encoding="utf-8")
-    fresh = update(text, load(options.results))
+    fresh = update(text, *[load(file) for file in options.results])
     if fresh == text:
         return 0
     if options.check:
