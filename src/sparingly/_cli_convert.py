@@ -63,7 +63,7 @@ def convert(
 
         drop, sure = _share("--max-drop", max_drop), _share("--confidence", confidence)
         check_free(out)
-        with _progress() as say:
+        with progress_lines() as say:
             say(f"reading {source}", None)
             model, tokenizer = read_model(source)
             say(f"reading {data}", None)
@@ -86,7 +86,7 @@ def explain(directory: Saved, into: Into = None) -> None:
     with _one_line_errors("nothing was changed"):
         from sparingly.explain import explain as explained
 
-        with _progress() as say:
+        with progress_lines() as say:
             say(f"reading {directory}", None)
             model = _load(directory, into)
         _show(explained(model))
@@ -101,7 +101,7 @@ def compare(directory: Saved, data: Data, into: Into = None, windows: Windows = 
         from sparingly._cli_sources import read_data, read_tokenizer
         from sparingly.compare import compare as compared
 
-        with _progress() as say:
+        with progress_lines() as say:
             say(f"reading {directory}", None)
             model = _load(directory, into)
             tokenizer = read_tokenizer(str(directory)) if (directory / "tokenizer_config.json").exists() else None
@@ -180,7 +180,7 @@ def _one_line_errors(after: str) -> Iterator[None]:
 
 
 @contextmanager
-def _progress() -> Iterator[Say]:
+def progress_lines() -> Iterator[Say]:
     """A function (what is being done, share done or None) that shows both on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

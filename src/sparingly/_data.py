@@ -50,6 +50,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return _map(lambda value: value.to(device), batch)
 
 
+def inputs(batch: Any) -> Any:
+    """What goes to the model: of a tuple or list, such as (inputs, targets), the first."""
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def call(model: Any, given: Any) -> Any:
+    """The model's output; a mapping goes in by keyword."""
+    return model(**given) if isinstance(given, Mapping) else model(given)
+
+
 def _length(data: Tensor | tuple[Any, ...] | Mapping[str, Any]) -> int:
     """How many examples a data set has."""
     values = [data] if isinstance(data, Tensor) else list(data.values() if isinstance(data, Mapping) else data)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sparingly._data import inputs as first_of
 from sparingly.nn.screen_head import ScreenHead
 from sparingly.nn.selective import selective_modules
 
@@ -63,11 +64,9 @@ def adapters(weights: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 
 
 def inputs(batch: Any) -> Any:
-    """What goes to the model: of a tuple or list (inputs, targets) the first; a mapping without its ``labels``, for
-    which a model would compute a loss of its own."""
-    if isinstance(batch, (tuple, list)):
-        batch = batch[0]
-    return {key: value for key, value in batch.items() if key != "labels"} if isinstance(batch, Mapping) else batch
+    """What goes to the model, a mapping without its ``labels``, for which a model would compute a loss of its own."""
+    given = first_of(batch)
+    return {key: value for key, value in given.items() if key != "labels"} if isinstance(given, Mapping) else given
 
 
 def answers(model: nn.Module, weights: dict[str, Tensor], given: Any) -> tuple[Tensor, bool]:

@@ -204,18 +204,29 @@ def _build(folder: Path, description: Mapping[str, Any]) -> nn.Module:
 
 
 @contextmanager
-def quiet(transformers: Any) -> Iterator[Any]:
-    """The module given, without its progress bars and remarks for a while."""
+def without_bars(transformers: Any) -> Iterator[Any]:
+    """The module given, without its progress bars for a while."""
     logging = transformers.utils.logging
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
         yield transformers
     finally:
-        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet(transformers: Any) -> Iterator[Any]:
+    """The module given, without its progress bars and remarks for a while."""
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with without_bars(transformers):
+            yield transformers
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _check_fits(

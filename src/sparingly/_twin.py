@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparingly._data import batches, to_device
+from sparingly._data import batches, call, inputs, to_device
 from sparingly.convert import CONTRACT, restore_
 from sparingly.guard import Contract
 from sparingly.metrics import Metric, as_metric, observe
@@ -52,24 +52,21 @@ def work(model: nn.Module, data: Any) -> Work:
     other model a forward of the example.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    inputs = to_device(_first(batches(data)[0]), device)
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    given = to_device(_first(inputs(batches(data)[0])), device)
+    ids = given.get("input_ids") if isinstance(given, Mapping) else given
     if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 1 and _decodes(model):
         return _decoding(model, ids)
 
     def answer() -> Any:
         with torch.no_grad():
-            return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+            return call(model, given)
 
     return answer
 
 
-def _first(batch: Any) -> Any:
-    """The inputs of a batch's first example."""
-    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-    if isinstance(inputs, Mapping):
-        return {name: value[:1] for name, value in inputs.items()}
-    return inputs[:1]
+def _first(given: Any) -> Any:
+    """The first example of a batch's inputs."""
+    return {name: value[:1] for name, value in given.items()} if isinstance(given, Mapping) else given[:1]
 
 
 def _decodes(model: nn.Module) -> bool:

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparingly._data import batches, data_hash, to_device
+from sparingly._data import batches, call, data_hash, inputs, to_device
 from sparingly.convert import CONTRACT
 from sparingly.energy.machine import versions
 from sparingly.guard import Contract, Walk, walk
 from sparingly.metrics import Metric, as_metric, observe
 from sparingly.nn.sample import Option, gather
-from sparingly.nn.selective import Selective, dense_answers, reset, selective_modules
+from sparingly.nn.selective import Selective, dense_answers, needed_layers, reset
 
 FIT_SHARE = 0.25
 """Share of the calibration examples that selectors and path are made from; the rest tests."""
@@ -102,9 +102,7 @@ def calibrate(
         TypeError: data or metric of another type.
     Selectors are as they were, whatever is raised.
     """
-    layers = selective_modules(model)
-    if not layers:
-        raise ValueError("the model has no selective layers: call sparingly.convert_(model) first")
+    layers = needed_layers(model)
     measured = as_metric(metric)
     promise = measured.promise(max_drop, confidence)
     examples = batches(calibration, size=4)
@@ -168,11 +166,9 @@ def fit_selectors(model: nn.Module, fit_on: Sequence[Any]) -> dict[str, list[Opt
 
     Settings stay. Raises ValueError if nothing is selective.
     """
-    layers = selective_modules(model)
-    if not layers:
-        raise ValueError("the model has no selective layers: call sparingly.convert_(model) first")
+    layers = needed_layers(model)
     device = next(iter(layers.values())).ran.device
-    calls = [partial(_call, model, to_device(batch, device)) for batch in fit_on]
+    calls = [partial(call, model, to_device(inputs(batch), device)) for batch in fit_on]
     wanted = {name: layer.sample_tokens * (1 if layer.sample_gradients else -1) for name, layer in layers.items()}
     with dense_answers(model):
         samples = gather(model, calls, layers, wanted)
@@ -181,12 +177,6 @@ def fit_selectors(model: nn.Module, fit_on: Sequence[Any]) -> dict[str, list[Opt
     # A layer that nothing reached (an expert that no token went to) goes on running every unit.
     options = {name: layer.fit(samples.pop(name)) for name, layer in layers.items() if name in samples}
     return {name: choices for name, choices in options.items() if len(choices) > 1}
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    """The model's output for one batch of a metric: inputs alone, or (inputs, targets)."""
-    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 def _trail(

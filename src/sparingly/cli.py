@@ -168,7 +168,8 @@ def _run_workload(name: str, mode: str, fresh: bool) -> dict[str, Any]:
     from importlib import import_module
 
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from sparingly._cli_convert import progress_lines
 
     try:
         module = import_module(f"sparingly.workloads.{name}")
@@ -176,27 +177,15 @@ def _run_workload(name: str, mode: str, fresh: bool) -> dict[str, Any]:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from error
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        shown: dict[str, Any] = {}
-
-        def say(what: str, share: float | None) -> None:
-            if what not in shown:
-                for task in shown.values():
-                    progress.update(task, total=1, completed=1)
-                    progress.stop_task(task)
-                shown[what] = progress.add_task(what, total=None if share is None else 1)
-            if share is not None:
-                progress.update(shown[what], completed=share)
-
-        try:
+    try:
+        with progress_lines() as say:
             return module.bench(module.MODES[mode], say, fresh=fresh)
-        except (FileNotFoundError, ImportError, RuntimeError) as error:
-            console.print(f"[red]stopped:[/red] {error}")
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as error:
-            console.print("interrupted; finished parts are kept, the same command goes on from there")
-            raise typer.Exit(130) from error
+    except (FileNotFoundError, ImportError, RuntimeError) as error:
+        console.print(f"[red]stopped:[/red] {error}")
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        console.print("interrupted; finished parts are kept, the same command goes on from there")
+        raise typer.Exit(130) from error
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from sparingly.convert import CONTRACT
 from sparingly.guard import Contract
-from sparingly.nn.selective import selective_modules
+from sparingly.nn.selective import needed_layers
 from sparingly.ops import fallbacks, registered
 
 if TYPE_CHECKING:
@@ -79,10 +80,12 @@ def explain(model: nn.Module) -> Explanation:
 
     Raises ValueError if there are none.
     """
-    layers = selective_modules(model)
-    if not layers:
-        raise ValueError("the model has no selective layers: call sparingly.convert_(model) first")
+    layers = needed_layers(model)
     rows = []
+    known = {(name, where): (available, reason) for name, where, available, reason in registered()}
+    for (name, device), fallback in fallbacks().items():
+        if known.get((name, device), (False, None))[0]:
+            known[name, device] = (False, fallback.reason)
     for name, layer in layers.items():
         tokens, units, dense, passed = layer.ran.tolist()
         share = layer.share_run()
@@ -101,23 +104,22 @@ def explain(model: nn.Module) -> Explanation:
                 share_run=share,
                 size_bytes=read,
                 dense_bytes=whole,
-                kernel=_kernel(layer.ran.device.type, layer.operators()),
+                kernel=_kernel(known, layer.ran.device.type, layer.operators()),
                 why_dense=dict(layer.why_dense),
             )
         )
     return Explanation(tuple(rows), getattr(model, CONTRACT, None))
 
 
-def _kernel(device: str, operators: tuple[str, ...]) -> str:
-    """Which kernels serve these operators on the device, with the reason where it is the reference."""
-    known = {(name, where): (available, reason) for name, where, available, reason in registered()}
-    failed = fallbacks()
+def _kernel(known: Mapping[tuple[str, str], tuple[bool, str | None]], device: str, operators: tuple[str, ...]) -> str:
+    """Which kernels serve these operators on the device, with the reason where it is the reference.
+
+    known: (operator, device) -> whether its kernel runs, and why not.
+    """
     if not operators:
         return f"compiled ({device})" if device == "cpu" else f"PyTorch ({device})"
     parts = []
     for name in operators:
         available, reason = known.get((name, device), (False, f"no kernel for {device}"))
-        if available and (name, device) in failed:
-            available, reason = False, failed[name, device].reason
         parts.append(f"{name} ({device})" if available else f"{name} (reference: {reason})")
     return ", ".join(parts)

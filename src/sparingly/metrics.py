@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from sparingly._data import batches, to_device
 from sparingly.guard import Promise
+from sparingly.nn._modes import evaluating
 
 __all__ = ["METRICS", "Metric", "accuracy", "agreement", "as_metric", "observe", "perplexity"]
 
@@ -102,7 +102,7 @@ def observe(metric: Metric, model: nn.Module, data: Any) -> Tensor:
     device = next((value.device for value in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     seen: list[Tensor] = []
     count = 0
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in batches(data):
             values = metric.observe(model, to_device(batch, device))
             seen.append(_checked(metric, values, count))
@@ -138,17 +138,6 @@ def _checked(metric: Metric, values: Any, start: int) -> Tensor:
             "NaN or infinity in the data and in the model's answers"
         )
     return losses
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _logits(model: nn.Module, inputs: Any) -> Tensor:

@@ -40,6 +40,7 @@ from sparingly._distill import (
     trainable,
 )
 from sparingly._recovery_state import FILE, load_state, save_state
+from sparingly.nn._modes import frozen
 from sparingly.nn.selective import dense_answers, selective_modules
 
 __all__ = ["Recovery", "recover"]
@@ -332,20 +333,11 @@ def _check_options(rank: Any, lr: Any, minutes: Any, steps: Any) -> None:
 @contextlib.contextmanager
 def _unmoved(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients of the model's own parameters; modes, flags and counts are put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     counts = [(layer, layer.ran.clone(), dict(layer.why_dense)) for layer in selective_modules(model).values()]
     try:
-        model.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
+        with frozen(model), torch.enable_grad():
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
         for layer, ran, why in counts:
             layer.ran.copy_(ran)
             layer.why_dense.clear()

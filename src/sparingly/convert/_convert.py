@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -127,10 +128,12 @@ def _plan(model: nn.Module, selector: Any, where: str | None, example: Any) -> _
     wanted = _wanted(selector, where)
     _check_not_selective(model, wanted)
     plan, taken = _Plan([], []), set()
+    # A search runs the network: once for each part.
+    look = functools.cache(lambda part: find(model, part, example))
     for part, chosen in wanted.items():
-        found, skipped = find(model, part, example)
+        found, skipped = look(part)
         if part == "linear" and isinstance(wanted.get("mlp", Threshold()), Threshold):
-            found = _with_first_layers(model, found, example)
+            found = _with_first_layers(model, found, look("mlp")[0])
         for place in found:
             reason = _unfit(place, chosen)
             if place.path in taken:
@@ -193,10 +196,10 @@ def _kind(module: Selective) -> str:
     return "mlp" if isinstance(module, SelectiveMLP) or module.of_mlp else "linear"
 
 
-def _with_first_layers(model: nn.Module, found: list[Place], example: Any) -> list[Place]:
+def _with_first_layers(model: nn.Module, found: list[Place], mlps: list[Place]) -> list[Place]:
     """Linear layers, and those of MLPs that compute every activation (also in MLPs that are selective already)."""
     paths = {place.path for place in found}
-    first = [place.gate or place.up for place in find(model, "mlp", example)[0] if place.fused is None]
+    first = [place.gate or place.up for place in mlps if place.fused is None]
     for name, module in selective_modules(model).items():
         if isinstance(module, SelectiveMLP) and module.first is not None:
             first.append(f"{name}.{module.first}")

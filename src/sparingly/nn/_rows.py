@@ -48,6 +48,11 @@ def lay_out(weight: Tensor, *, columns: bool) -> None:
         weight.data = turned.t() if columns else turned
 
 
+def overridden(layer: nn.Module) -> bool:
+    """True if something else than the class's ``forward`` runs: hooks, or one put on the instance (accelerate does)."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
+
+
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks")
 _HOOKS += ("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")
 

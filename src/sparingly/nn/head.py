@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparingly.energy import count
 from sparingly.nn._candidates import draw
 from sparingly.nn._checks import check_hidden, check_target, missing_rows
+from sparingly.nn._int8 import int8_rows
 from sparingly.nn._softmax import sampled_softmax
 from sparingly.nn.tune import TuneReport, check_promise, walk_down
 from sparingly.selectors import Dense, Graph, Selector
@@ -166,9 +167,7 @@ class SelectiveHead(nn.Module):
         # In blocks: a float32 copy of the whole bank would be four times what is made.
         for part in torch.arange(self.num_classes, device=self.weight.device).split(65536):
             block = slice(int(part[0]), int(part[-1]) + 1)
-            values = self.weight[block].float()
-            scale[block] = values.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny * 127) / 127
-            rows[block] = (values / scale[block, None]).round_().clamp_(-127, 127).to(torch.int8)
+            rows[block], scale[block] = int8_rows(self.weight[block].float())
         head = SelectiveHead(
             self.in_features,
             self.num_classes,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparingly.nn import _rows
+from sparingly.nn._int8 import int8_rows
 from sparingly.nn.sample import Option, Sample
 from sparingly.nn.selective import (
     GRADIENTS,
@@ -232,14 +233,13 @@ class SelectiveMLP(Selective):
             self.selector.fit(first.weight, first.bias, x, importance, activation)
         else:
             self.selector.fit(first.weight, first.bias, x)
-        before, options = self.selector.setting, []
-        for setting in self.selector.settings() or [before]:
-            self.selector.setting = setting
+
+        def cost(_setting: int) -> tuple[float, float, float]:
             kept = self._named(x)
-            read = self.fixed_bytes() + self.unit_bytes() * float(kept.sum(dim=1).float().mean())
-            options.append(Option(setting, lost(contributions, kept), read))
-        self.selector.setting = before
-        return options
+            count = float(kept.sum(dim=1).float().mean())
+            return lost(contributions, kept), count, count
+
+        return self._options(cost)
 
     def _named(self, x: Tensor) -> Tensor:
         """x [tokens, in_features] -> bool [tokens, num_units], those that the selector names."""
@@ -318,9 +318,7 @@ class SelectiveMLP(Selective):
         centre = self.selector.centre
 
         def make() -> tuple[Tensor, Tensor]:
-            whole = (up.float() * centre[:, None]).t() @ _rows.by_input(layers.down).float()
-            scale = whole.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny * 127) / 127
-            return (whole / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+            return int8_rows((up.float() * centre[:, None]).t() @ _rows.by_input(layers.down).float())
 
         return self._kept("resting", make, up, layers.down.weight, centre)
 
@@ -361,8 +359,7 @@ def _turn(layer: SelectiveMLP, _keys: Any) -> None:
 
 def _plain(layer: Any) -> bool:
     """True if the layer's parameters are all there is to it."""
-    # Hooks, and what puts a forward of its own on the instance (accelerate does).
-    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+    if _rows.overridden(layer):
         return False
     return type(layer) is nn.Linear or (type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"))
 

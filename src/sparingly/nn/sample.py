@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from sparingly.nn._modes import frozen
 
 GRADIENT_CALLS = 8
 
@@ -61,23 +62,6 @@ def _first_floating(output: Any) -> Tensor | None:
     return next((found for found in map(_first_floating, parts) if found is not None), None)
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients of parameters; everything is put back."""
-    training = {module: module.training for module in model.modules()}
-    needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.eval()
-        for parameter in needed:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for parameter, value in needed.items():
-            parameter.requires_grad_(value)
-
-
 def gather(
     model: nn.Module, calls: Sequence[Callable[[], Any]], layers: Mapping[str, nn.Module], tokens: Mapping[str, int]
 ) -> dict[str, Sample]:
@@ -116,7 +100,7 @@ def gather(
 
         return layer.register_forward_hook(hook, with_kwargs=True)
 
-    with _frozen(model):
+    with frozen(model):
         for chosen, runs, gradients in ((shallow, calls, False), (deep, some, True)):
             if not chosen:
                 continue

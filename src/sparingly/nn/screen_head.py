@@ -92,16 +92,15 @@ class ScreenHead(Selective, nn.Linear):
         held_out = torch.arange(inputs.shape[0], device=inputs.device) % HELD_OUT == HELD_OUT - 1
         self.selector.fit(self.weight, self.bias, inputs[~held_out])
         test = (inputs[held_out] if held_out.any() else inputs)[:MEASURED_TOKENS].to(self.weight.dtype)
-        before, options = self.selector.setting, []
         exact = F.linear(test, self.weight, self.bias).float().log_softmax(dim=1)
-        for setting in self.selector.settings() or [before]:
-            self.selector.setting = setting
+
+        def cost(setting: int) -> tuple[float, float, float]:
             screened = self.selector.logits(test, self.weight, self.bias).float().log_softmax(dim=1)
             loss = F.kl_div(screened, exact, reduction="batchmean", log_target=True)
             kept = min(setting, self.num_units)
-            options.append(Option(setting, float(loss), self.fixed_bytes() + kept * self.unit_bytes()))
-        self.selector.setting = before
-        return options
+            return float(loss), kept, kept
+
+        return self._options(cost)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [..., in_features] -> logits [..., out_features] in the dtype of hidden."""

@@ -109,6 +109,19 @@ class Selective(nn.Module):
         self._doubted.discard(name)
         return found[1]
 
+    def _options(self, cost: Callable[[int], tuple[float, float, float]]) -> list[Option]:
+        """What each of the selector's settings costs, cheapest first; its own stays, and is alone if there are none.
+
+        ``cost``: called while a setting is set -> its loss, and per token how many units run and pass a second cut.
+        """
+        selector, before, options = self.selector, self.selector.setting, []
+        for setting in selector.settings() or [before]:
+            selector.setting = setting
+            loss, first, second = cost(setting)
+            options.append(Option(setting, loss, self.bytes_read(first, second)))
+        selector.setting = before
+        return options
+
     def share_run(self) -> float | None:
         """Share of the units that ran, 0..1, a dense token counting as all of them; None before the first token."""
         tokens, units, dense, _ = self.ran.tolist()
@@ -172,22 +185,22 @@ def threshold_options(layer: Selective, values: Tensor, factor: Tensor | None, m
     """
     selector = layer.selector
     assert isinstance(selector, Threshold)
-    before, options = selector.setting, []
-    for setting in selector.settings() or [before]:
-        selector.setting = setting
-        if not selector.quantiles.numel() or setting == 100:
-            first = kept = selector.keeps(values)
-            counts = [float(first.sum(dim=1).float().mean())] * 2
-            loss = lost(selector.centred(values) * moved, kept)
-        else:
-            if not options:
-                sizes, tables = selector.sizes(values, factor), selector.levels()
-                sums, runs = _by_level(sizes, tables, (values - selector.middles) * moved)
-            level = selector.settings()[::-1].index(setting)
-            loss, counts = sums[level], [run[level] for run in runs]
-        options.append(Option(setting, loss, layer.bytes_read(*counts)))
-    selector.setting = before
-    return options
+    known: dict[int, tuple[float, float, float]] = {}
+    if selector.quantiles.numel():
+        sizes, middle = selector.sizes(values, factor), selector.middles
+        sums, runs = _by_level(sizes, selector.levels(), (values - middle) * moved)
+        known = dict(zip(reversed(selector.settings()), zip(sums, *runs, strict=True), strict=True))
+        # At 100 % nothing is cut, not even what is as small as the smallest.
+        del known[100]
+
+    def cost(setting: int) -> tuple[float, float, float]:
+        if setting in known:
+            return known[setting]
+        kept = selector.keeps(values)
+        count = float(kept.sum(dim=1).float().mean())
+        return lost(selector.centred(values) * moved, kept), count, count
+
+    return layer._options(cost)
 
 
 def needs_gradient(x: Tensor, *parameters: Tensor | None) -> bool:
@@ -201,6 +214,14 @@ Activation = Callable[[Tensor], Tensor]
 def selective_modules(model: nn.Module) -> dict[str, Selective]:
     """Every selective layer of a model by its name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Selective)}
+
+
+def needed_layers(model: nn.Module) -> dict[str, Selective]:
+    """:func:`selective_modules`; raises ValueError if there are none."""
+    layers = selective_modules(model)
+    if not layers:
+        raise ValueError("the model has no selective layers: call sparingly.convert_(model) first")
+    return layers
 
 
 @contextmanager

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from sparingly.selection import Selection
-from sparingly.selectors.base import FIT_KEY, Selector, check_bank
-from sparingly.selectors.threshold import SETTINGS, keep_float32
+from sparingly.selectors.base import check_bank
+from sparingly.selectors.threshold import SETTINGS, Float32Fit
 
 _RIDGE = 1e-4
 
 
-class LowRank(Selector):
+class LowRank(Float32Fit):
     """The units whose guessed activation is largest, a fixed share of them for each token.
 
     The guess is a regression of rank ``rank`` of the units' pre-activations on the input. They are a linear function
@@ -133,12 +133,3 @@ class LowRank(Selector):
     def config(self) -> dict[str, Any]:
         """``rank``."""
         return {"rank": self.rank}
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """The fit stays where the state holds none: it is then one of the dense network."""
-        if prefix + FIT_KEY in state_dict:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LowRank:
-        """As a module does, but the regression stays float32."""
-        return keep_float32(self, super()._apply, fn, recurse)

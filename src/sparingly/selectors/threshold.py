@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -19,20 +18,28 @@ SETTINGS = tuple(range(5, 101, 5))
 _FLOOR = 1e-12
 
 
-def keep_float32(selector: S, apply: Callable[..., Any], fn: Any, recurse: bool) -> S:
-    """``apply(fn, recurse)``, the ``_apply`` of a selector's base, which moves its buffers but leaves their dtypes."""
-    # Not named_buffers(), which names a tensor once that stands under two names (centre and middles).
-    buffers = selector._buffers.items()
-    before = {name: value for name, value in buffers if value is not None and value.is_floating_point()}
-    apply(fn, recurse)
-    for name, value in before.items():
-        moved = getattr(selector, name)
-        if moved.dtype != value.dtype:
-            setattr(selector, name, value.to(moved.device))
-    return selector
+class Float32Fit(Selector):
+    """A selector for trained weights: its fit stays float32 in a cast, and stays where a dense checkpoint is loaded."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """The fit stays where the state holds none: it is then one of the dense network."""
+        if prefix + FIT_KEY in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Selector:
+        """As a module does, but floating buffers keep their dtype."""
+        # Not named_buffers(), which names a tensor once that stands under two names (centre and middles).
+        buffers = self._buffers.items()
+        before = {name: value for name, value in buffers if value is not None and value.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != value.dtype:
+                setattr(self, name, value.to(moved.device))
+        return self
 
 
-class Threshold(Selector):
+class Threshold(Float32Fit):
     """Units whose activation is at least ``threshold`` in absolute value.
 
     For the hidden layer of a trained MLP: the activation (the gate's, where there is one) is computed for every unit,
@@ -92,12 +99,8 @@ class Threshold(Selector):
     def prepare(self, num_units: int, device: torch.device | None = None) -> None:
         """Serve so many units with the ``threshold`` given; without one nothing changes."""
         if self.threshold is not None:
-            self.cut = torch.full((num_units,), self._floor(), dtype=torch.float32, device=device)
+            self.cut = torch.full((num_units,), self.threshold, dtype=torch.float32, device=device)
             self.num_units = num_units
-
-    def _floor(self) -> float:
-        assert self.threshold is not None
-        return self.threshold
 
     @torch.no_grad()
     def fit(
@@ -215,15 +218,6 @@ class Threshold(Selector):
     def config(self) -> dict[str, Any]:
         """``threshold``."""
         return {"threshold": self.threshold}
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """The fit stays where the state holds none: it is then one of the dense network."""
-        if prefix + FIT_KEY in state_dict:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Threshold:
-        """As a module does, but thresholds stay float32."""
-        return keep_float32(self, super()._apply, fn, recurse)
 
 
 class InputThreshold(Threshold):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from sparingly.energy.machine import commit, machine_info, versions
 
 Say = Callable[[str, float | None], None]
 """``say(what is being done, share done in 0..1 or None)``."""
@@ -24,6 +28,25 @@ def source_mark() -> str:
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def document(command: str, entry: dict[str, Any], mode: str) -> dict[str, Any]:
+    """The JSON of a run of one workload: ``command`` is its name, ``mode`` "default" or an option's name."""
+    return {
+        "schema": 1,
+        "command": f"sparingly bench {command}{'' if mode == 'default' else ' --' + mode}",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine_info(),
+        "versions": versions(),
+        "workloads": {command: entry},
+    }
+
+
+def parts_of(workload: str, mode: Any, *, fresh: bool) -> Parts:
+    """The kept parts of a workload in one mode (which has a ``name``), none of them if ``fresh``."""
+    mark = f"{source_mark()} {mode}" if not fresh else f"{source_mark()} {mode} {time.time()}"
+    return Parts(cache_folder() / f"{workload}-{mode.name}", mark)
 
 
 class Parts:

@@ -224,7 +224,7 @@ class _Plan:
         layers, selector = mlp._layers(), _threshold("mlp", mlp)
         if layers.fused or not _silu(mlp._activation[0]):
             raise Unplanned("mlp has one matrix for gate and up, or another activation than silu")
-        if not all(type(part) is nn.Linear and not _changed(part) for part in (layers.up, layers.down)):
+        if not all(type(part) is nn.Linear and not _rows.overridden(part) for part in (layers.up, layers.down)):
             raise Unplanned("up or down is not a plain nn.Linear")
         codes, scale = mlp._resting(layers, layers.up.weight) if selector.centre.numel() else (None, None)
         bias = None if layers.up.bias is None else layers.up.bias.detach().float()
@@ -288,15 +288,10 @@ def _gather(weights: list[Tensor]) -> None:
 def _threshold(name: str, layer: Selective) -> Threshold:
     if not isinstance(layer.selector, Threshold):
         raise Unplanned(f"{name} has no Threshold")
-    reason = layer._idle() or ("it has hooks" if _changed(layer) else None)
+    reason = layer._idle() or ("it has hooks" if _rows.overridden(layer) else None)
     if reason is not None:
         raise Unplanned(f"{name}: {reason}")
     return layer.selector
-
-
-def _changed(layer: Any) -> bool:
-    """True if something other than the layer's own ``forward`` runs when it is called."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
 
 
 def _silu(activation: Any) -> bool:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparingly._folder_load import without_bars
 from sparingly.workloads._parts import cache_folder
 
 __all__ = ["PARTS", "Descriptions", "Package", "embed", "load_model", "load_tokenizer", "model_folder", "ranks"]
@@ -90,10 +91,8 @@ def load_model(dtype: torch.dtype = torch.float32) -> Any:
 
     Raises as :func:`model_folder`, and ImportError without ``transformers``.
     """
-    from sparingly.workloads.smollm_data import quiet
-
     folder = str(model_folder())
-    with quiet(_transformers()) as transformers:
+    with without_bars(_transformers()) as transformers:
         return transformers.AutoModel.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 

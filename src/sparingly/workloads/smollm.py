@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import cached_property
 from typing import Any
 
@@ -23,16 +22,15 @@ from torch import Tensor, nn
 from sparingly.calibrate import calibrate
 from sparingly.convert import convert_, restore_
 from sparingly.energy import count
-from sparingly.energy.machine import commit, machine_info, versions
 from sparingly.explain import explain
 from sparingly.metrics import perplexity
 from sparingly.nn.selective import reset
-from sparingly.selectors import LowRank, Random, Selector, Threshold
+from sparingly.selectors import LowRank, Random, Screen, Selector, Threshold
 from sparingly.store import load, save
 from sparingly.workloads import smollm_data as data
 from sparingly.workloads._decoders import Decoder
 from sparingly.workloads._engines import best_engine, dense_engines
-from sparingly.workloads._parts import Parts, Say, cache_folder, source_mark
+from sparingly.workloads._parts import Say, cache_folder, document, parts_of
 from sparingly.workloads._shares import share
 
 TITLE = "SmolLM2-135M, converted without training"
@@ -63,8 +61,7 @@ class SmolLM:
 
     def __init__(self, mode: Mode, say: Say, *, fresh: bool = False):
         self.mode, self.say = mode, say
-        mark = f"{source_mark()} {mode}" if not fresh else f"{source_mark()} {mode} {time.time()}"
-        self.parts = Parts(cache_folder() / f"smollm-{mode.name}", mark)
+        self.parts = parts_of("smollm", mode, fresh=fresh)
         self.folder = cache_folder() / f"smollm-{mode.name}-model"
 
     @cached_property
@@ -79,8 +76,7 @@ class SmolLM:
     @cached_property
     def selective(self) -> Any:
         """The converted and calibrated network."""
-        with data.quiet(__import__("transformers")):
-            return load(self.folder).eval()
+        return load(self.folder).eval()
 
     def windows(self, part: str, kind: str, n: int) -> Tensor:
         return self.texts.windows(part, kind, n, self.mode.length)
@@ -195,8 +191,6 @@ class SmolLM:
         dense = best_engine(engines, states[1][:64], (1,), batch=1, rounds=3)
         rows = []
         for rank, keep in ((96, 512), (128, 256), (128, 512), (128, 4096)):
-            from sparingly.selectors import Screen
-
             screen = Screen(rank, keep)
             screen.fit(layer.weight, None, states[0])
             found = screen.topk(states[1], layer.weight, None, 1)[1][:, 0]
@@ -241,7 +235,6 @@ class SmolLM:
 
     def run(self) -> dict[str, Any]:
         """Every part, and the whole as the JSON's entry of this workload."""
-        torch.set_num_threads(max(torch.get_num_threads(), 1))
         part = self.parts.run
         made = part("convert", self.convert)
         quality = part("quality", self.quality)
@@ -285,26 +278,19 @@ def _fit(model: nn.Module, ids: Tensor, setting: int) -> None:
 
 def _paired(dense: Decoder, own: Decoder, ids: list[int], rounds: int) -> dict[str, Any]:
     """Processor-seconds per token of both, in turns, and the median ratio with its 20/80 percentiles."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    spent: list[list[float]] = [[], []]
-    try:
-        for turn in range(rounds + 1):
-            for engine, times in zip((dense, own), spent, strict=True):
-                engine.prepare(torch.tensor(ids[:1]))
-                for token in ids[1:16]:
-                    engine.step(token)
-                start = time.process_time()
-                for token in ids[16:64]:
-                    engine.step(token)
-                if turn:
-                    times.append((time.process_time() - start) / 48)
-    finally:
-        torch.set_num_threads(before)
-    ratios = np.array(spent[0]) / np.array(spent[1])
-    lo, middle, hi = np.percentile(ratios, (20, 50, 80)).tolist()
+
+    def begin(engine: Decoder) -> None:
+        engine.prepare(torch.tensor(ids[:1]))
+        for token in ids[1:16]:
+            engine.step(token)
+
+    def go_on(engine: Decoder) -> None:
+        for token in ids[16:64]:
+            engine.step(token)
+
+    spent = _in_turns((dense, own), begin, go_on, rounds) / 48
     return {
-        "ratio": {"value": middle, "lo": lo, "hi": hi},
+        "ratio": _ratio(spent),
         "dense_cpu_s": float(np.median(spent[0])),
         "selective_cpu_s": float(np.median(spent[1])),
     }
@@ -312,21 +298,39 @@ def _paired(dense: Decoder, own: Decoder, ids: list[int], rounds: int) -> dict[s
 
 def _paired_calls(dense: Any, own: Any, states: Tensor, rounds: int) -> dict[str, Any]:
     """As :func:`_paired`, for two answers to one state at a time."""
+
+    def ask(answer: Any) -> None:
+        for part in states.split(1):
+            answer(part)
+
+    spent = _in_turns((dense, own), lambda _: None, ask, rounds) / len(states)
+    return {"cpu_s": _ratio(spent), "selective_cpu_s": float(np.median(spent[1]))}
+
+
+def _in_turns(
+    sides: tuple[Any, Any], begin: Callable[[Any], None], work: Callable[[Any], None], rounds: int
+) -> np.ndarray:
+    """Processor-seconds of ``work`` of each side, after ``begin``, on one thread: [2, rounds]. One round warms up."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     spent: list[list[float]] = [[], []]
     try:
         for turn in range(rounds + 1):
-            for answer, times in zip((dense, own), spent, strict=True):
+            for side, times in zip(sides, spent, strict=True):
+                begin(side)
                 start = time.process_time()
-                for part in states.split(1):
-                    answer(part)
+                work(side)
                 if turn:
-                    times.append((time.process_time() - start) / len(states))
+                    times.append(time.process_time() - start)
     finally:
         torch.set_num_threads(before)
-    lo, middle, hi = np.percentile(np.array(spent[0]) / np.array(spent[1]), (20, 50, 80)).tolist()
-    return {"cpu_s": {"value": middle, "lo": lo, "hi": hi}, "selective_cpu_s": float(np.median(spent[1]))}
+    return np.array(spent)
+
+
+def _ratio(spent: np.ndarray) -> dict[str, float]:
+    """[2, rounds] -> the median of the first side ÷ the second, with its 20/80 percentiles."""
+    lo, middle, hi = np.percentile(spent[0] / spent[1], (20, 50, 80)).tolist()
+    return {"value": middle, "lo": lo, "hi": hi}
 
 
 def _ledger(engine: Decoder, ids: list[int]) -> Any:
@@ -342,12 +346,4 @@ def _ledger(engine: Decoder, ids: list[int]) -> Any:
 
 def bench(mode: Mode, say: Say, *, fresh: bool = False) -> dict[str, Any]:
     """The whole JSON document of a run."""
-    return {
-        "schema": 1,
-        "command": f"sparingly bench smollm{'' if mode.name == 'default' else ' --' + mode.name}",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine_info(),
-        "versions": versions(),
-        "workloads": {"smollm": SmolLM(mode, say, fresh=fresh).run()},
-    }
+    return document("smollm", SmolLM(mode, say, fresh=fresh).run(), mode.name)

@@ -25,8 +25,6 @@ import shutil
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparingly._folder_load import without_bars
 from sparingly.workloads._parts import cache_folder
 
 __all__ = ["KINDS", "PARTS", "WINDOW", "Texts", "load_model", "load_tokenizer", "model_file", "model_folder"]
@@ -105,7 +104,8 @@ def model_folder() -> Path:
 
 def _dequantise(file: Path, folder: Path) -> None:
     source = {"gguf_file": file.name, "local_files_only": True}
-    with quiet(_transformers()) as transformers:
+    # The bench draws its own bars.
+    with without_bars(_transformers()) as transformers:
         model = transformers.AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **source)
         # Its weights are plain now. As long as these say otherwise, save_pretrained refuses to write.
         model.hf_quantizer, model.is_quantized = None, False
@@ -113,19 +113,6 @@ def _dequantise(file: Path, folder: Path) -> None:
             del model.config.quantization_config
         model.save_pretrained(str(folder))
         transformers.AutoTokenizer.from_pretrained(str(file.parent), **source).save_pretrained(str(folder))
-
-
-@contextmanager
-def quiet(transformers: Any) -> Iterator[Any]:
-    """The module given, without its progress bars for a while: the bench draws its own."""
-    logging = transformers.utils.logging
-    before = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield transformers
-    finally:
-        if before:
-            logging.enable_progress_bar()
 
 
 def _transformers() -> Any:
@@ -141,7 +128,7 @@ def _transformers() -> Any:
 def load_model(dtype: torch.dtype = torch.float32) -> Any:
     """``transformers.LlamaForCausalLM`` in evaluation mode. Raises as :func:`model_folder`."""
     folder = str(model_folder())
-    with quiet(_transformers()) as transformers:
+    with without_bars(_transformers()) as transformers:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 

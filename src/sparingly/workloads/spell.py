@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from sparingly.compare import null_test
 from sparingly.energy import count
-from sparingly.energy.machine import commit, machine_info, versions
 from sparingly.energy.meters import default_meters
 from sparingly.energy.prices import modelled
 from sparingly.energy.records import unavailable
@@ -28,7 +26,7 @@ from sparingly.workloads import _costs
 from sparingly.workloads._converged import converged, right
 from sparingly.workloads._engines import dense_engines
 from sparingly.workloads._incumbents import Faiss, SymSpell
-from sparingly.workloads._parts import Parts, Say, cache_folder, source_mark
+from sparingly.workloads._parts import Say, cache_folder, document, parts_of
 from sparingly.workloads._scaling import scaling
 from sparingly.workloads._shares import difference, share
 from sparingly.workloads._speller import (
@@ -78,8 +76,7 @@ class Spell:
 
     def __init__(self, mode: Mode, say: Say, *, fresh: bool = False):
         self.mode, self.say = mode, say
-        mark = f"{source_mark()} {mode}" if not fresh else f"{source_mark()} {mode} {time.time()}"
-        self.parts = Parts(cache_folder() / f"spell-{mode.name}", mark)
+        self.parts = parts_of("spell", mode, fresh=fresh)
         self.recipe = Recipe(mode.examples)
 
     @cached_property
@@ -360,15 +357,7 @@ def scored(speller: Speller, states: Tensor) -> list[int]:
 
 def bench(mode: Mode, say: Say, *, fresh: bool = False) -> dict[str, Any]:
     """The whole JSON document of a run."""
-    return {
-        "schema": 1,
-        "command": f"sparingly bench spell{'' if mode.name == 'default' else ' --' + mode.name}",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine_info(),
-        "versions": versions(),
-        "workloads": {"spell": Spell(mode, say, fresh=fresh).run()},
-    }
+    return document("spell", Spell(mode, say, fresh=fresh).run(), mode.name)
 
 
 def latest() -> Speller:

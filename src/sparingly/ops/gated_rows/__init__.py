@@ -8,23 +8,13 @@ from torch import Tensor
 from sparingly.ops import _arrays
 from sparingly.ops._registry import Op, nothing_to_dispatch
 from sparingly.ops.gated_rows import cpu
+from sparingly.ops.gated_rows._arguments import Arguments
 from sparingly.ops.gated_rows.reference import reference
 from sparingly.ops.threshold_accumulate import check_ran, check_vector, refuse_gradients
 
 
-def _check(
-    gate: Tensor,
-    hidden: Tensor,
-    up: Tensor,
-    down: Tensor,
-    cut: Tensor,
-    cut_out: Tensor | None,
-    up_bias: Tensor | None,
-    up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    bias: Tensor | None,
-    ran: Tensor,
-) -> None:
+def _check(*args: Tensor | None) -> None:
+    gate, hidden, up, down, cut, cut_out, up_bias, up_scale, down_scale, bias, ran = Arguments._make(args)
     _arrays.check_rows(up, up_scale, up_bias)
     _arrays.check_rows(down, down_scale)
     n, d_in = up.shape
@@ -98,14 +88,14 @@ def gated_rows(
           author={Lee, Donghyun and Lee, Jaeyong and Zhang, Genghan and Tiwari, Mo and Mirhoseini, Azalia},
           booktitle={COLM}, year={2024}}
     """
-    args = (gate, hidden, up, down, cut, cut_out, up_bias, up_scale, down_scale, bias, ran)
-    if not torch.compiler.is_compiling() and nothing_to_dispatch(args) and cpu.fits(*args):
-        return cpu.run(*args)
+    args = Arguments(gate, hidden, up, down, cut, cut_out, up_bias, up_scale, down_scale, bias, ran)
+    if not torch.compiler.is_compiling() and nothing_to_dispatch(args) and cpu.fits(args):
+        return cpu.run(args)
     refuse_gradients("gated_rows", *args)
     return OP(*args)
 
 
 @OP.definition.register_fake
-def _(gate, hidden, up, down, cut, cut_out, up_bias, up_scale, down_scale, bias, ran):
-    _check(gate, hidden, up, down, cut, cut_out, up_bias, up_scale, down_scale, bias, ran)
+def _(gate, hidden, up, down, *rest):
+    _check(gate, hidden, up, down, *rest)
     return gate.new_empty((gate.shape[0], down.shape[1]), dtype=_arrays.accumulator(gate, hidden, up, down))

@@ -12,6 +12,7 @@ from sparingly.ops._numba import add_atomically, axpy, axpy_pair, dot, dot_pair,
 from sparingly.ops._numba import kernel as compiled
 from sparingly.ops._threads import chunks_for, most_alone, run_chunks
 from sparingly.ops._views import CPU, LIKE, matrix_at, vector_at
+from sparingly.ops.gated_rows._arguments import Arguments
 from sparingly.ops.gated_rows._count import record
 from sparingly.ops.threshold_accumulate.cpu import (
     as_f32,
@@ -179,20 +180,9 @@ def _begin(most, like_up, like_down, sizes, places):
     return visited
 
 
-def fits(
-    gate: Tensor,
-    hidden: Tensor,
-    up: Tensor,
-    down: Tensor,
-    cut: Tensor,
-    cut_out: Tensor | None,
-    up_bias: Tensor | None,
-    up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    bias: Tensor | None,
-    ran: Tensor,
-) -> bool:
+def fits(args: Arguments) -> bool:
     """True if :func:`run` takes the arguments as they are, as in ``threshold_accumulate``."""
+    gate, hidden, up, down, cut, cut_out, up_bias, up_scale, down_scale, bias, ran = args
     if gate.dim() != 2 or not is_bank(up) or not is_bank(down):
         return False
     tokens, (n, d_in) = gate.shape[0], up.shape
@@ -210,61 +200,32 @@ def fits(
     )
 
 
-def unsupported(
-    gate: Tensor,
-    hidden: Tensor,
-    up: Tensor,
-    down: Tensor,
-    cut: Tensor,
-    cut_out: Tensor | None,
-    up_bias: Tensor | None,
-    up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    bias: Tensor | None,
-    ran: Tensor,
-) -> str | None:
+def unsupported(*args: Tensor | None) -> str | None:
     """Why the kernel cannot serve these arguments, or None."""
-    tensors = (gate, hidden, up, down, cut, cut_out, up_bias, up_scale, down_scale, bias)
-    return not_for_numba(*tensors, contiguous=(up, down, ran)) or why_not_banks(up, down)
+    given = Arguments._make(args)
+    banks = (given.up, given.down)
+    return not_for_numba(*given[:-1], contiguous=(*banks, given.ran)) or why_not_banks(*banks)
 
 
-def kernel(
-    gate: Tensor,
-    hidden: Tensor,
-    up: Tensor,
-    down: Tensor,
-    cut: Tensor,
-    cut_out: Tensor | None,
-    up_bias: Tensor | None,
-    up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    bias: Tensor | None,
-    ran: Tensor,
-) -> Tensor:
+def kernel(*args: Tensor | None) -> Tensor:
     """See :func:`sparingly.ops.gated_rows.gated_rows`."""
-    vectors = (cut, cut_out, up_bias, up_scale, down_scale, bias)
-    made = [None if vector is None else as_f32(vector) for vector in vectors]
-    return run(as_f32(gate), as_f32(hidden), up, down, *made, ran, read=(gate, hidden, cut, cut_out, bias))  # pyright: ignore
+    given = Arguments._make(args)
+    banks = ("up", "down", "ran")
+    rest = {name: value for name, value in given._asdict().items() if name not in banks and value is not None}
+    return run(given._replace(**{name: as_f32(value) for name, value in rest.items()}), read=_whole(given))
 
 
-def run(
-    gate: Tensor,
-    hidden: Tensor,
-    up: Tensor,
-    down: Tensor,
-    cut: Tensor,
-    cut_out: Tensor | None,
-    up_bias: Tensor | None,
-    up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    bias: Tensor | None,
-    ran: Tensor,
-    read: tuple[Tensor | None, ...] = (),
-) -> Tensor:
+def _whole(args: Arguments) -> tuple[Tensor | None, ...]:
+    """What passes whole, for the ledger."""
+    return args.gate, args.hidden, args.cut, args.cut_out, args.bias
+
+
+def run(args: Arguments, read: tuple[Tensor | None, ...] = ()) -> Tensor:
     """:func:`kernel` of contiguous float32 tensors; ``read``: what they were made from, for the ledger.
 
     Threads share out the units, also those of one token. Sums are the same in every run with as many threads.
     """
+    gate, hidden, up, down, cut, cut_out, up_bias, up_scale, down_scale, bias, ran = args
     (tokens, n), d_in, d_out = gate.shape, up.shape[1], down.shape[1]
     sums = torch.empty((tokens, d_out), dtype=torch.float32, device=CPU)
     passed = torch.zeros(1, dtype=torch.int64, device=CPU)
@@ -293,10 +254,9 @@ def run(
         chunks = chunks_for(visited, work_bytes)
         partial = torch.empty((chunks, d_out), dtype=torch.float32, device=CPU)
         at = partial.data_ptr()
-        keep = (gate, hidden, up, down, cut, cut_out, up_bias, up_scale, down_scale, bias, sums, ran, passed, partial)
+        keep = (args, sums, passed, partial)
         run_chunks(part, chunks, work_bytes, chunks, visited, at, *likes, sizes, places, keep=keep)
         merge(chunks, visited, at, (tokens, n, d_out), places[0], places[4], places[10])
     if ledger.active():
-        read = read or (gate, hidden, cut, cut_out, bias)
-        record(visited, int(passed), up, down, (up_bias, up_scale), (down_scale,), read, sums)
+        record(visited, int(passed), up, down, (up_bias, up_scale), (down_scale,), read or _whole(args), sums)
     return sums

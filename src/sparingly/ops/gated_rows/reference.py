@@ -7,23 +7,13 @@ from torch import Tensor
 
 from sparingly.ops._arrays import accumulator
 from sparingly.ops._record import tensor_bytes
+from sparingly.ops.gated_rows._arguments import Arguments
 from sparingly.ops.gated_rows._count import record
 
 
-def reference(
-    gate: Tensor,
-    hidden: Tensor,
-    up: Tensor,
-    down: Tensor,
-    cut: Tensor,
-    cut_out: Tensor | None,
-    up_bias: Tensor | None,
-    up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    bias: Tensor | None,
-    ran: Tensor,
-) -> Tensor:
+def reference(*args: Tensor | None) -> Tensor:
     """See :func:`sparingly.ops.gated_rows.gated_rows`."""
+    gate, hidden, up, down, cut, cut_out, up_bias, up_scale, down_scale, bias, ran = Arguments._make(args)
     dtype = accumulator(gate, hidden, up, down)
     token, row = (~(gate.to(dtype).abs() < cut.to(dtype))).nonzero(as_tuple=True)
     gathered, spread = up[row].to(dtype), hidden[token].to(dtype)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparingly.energy import ledger
+from sparingly.ops.gated_rows._arguments import Arguments
 from sparingly.ops.gated_rows._count import record
 from sparingly.ops.gather_dot.triton import _score_rows, cdiv, tile, unit_stride, why_not
 from sparingly.ops.threshold_accumulate.triton import _load_kept, accumulate, count_ran
@@ -37,41 +38,19 @@ def _gated_factors(
     tl.store(factors_ptr + token * n + units, tl.where(kept, gates * scores, 0.0), mask=units < n)
 
 
-def unsupported(
-    gate: Tensor,
-    hidden: Tensor,
-    up: Tensor,
-    down: Tensor,
-    cut: Tensor,
-    cut_out: Tensor | None,
-    up_bias: Tensor | None,
-    up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    bias: Tensor | None,
-    ran: Tensor,
-) -> str | None:
+def unsupported(*args: Tensor | None) -> str | None:
     """Why these arguments cannot run here, or None."""
+    gate, hidden, up, down, cut, cut_out, up_bias, up_scale, down_scale, bias, ran = Arguments._make(args)
     others = (gate, hidden, cut, cut_out, up_bias, up_scale, down_scale, bias)
     return why_not(up, ran, down, *others) or why_not(down, ran, *others)
 
 
-def kernel(
-    gate: Tensor,
-    hidden: Tensor,
-    up: Tensor,
-    down: Tensor,
-    cut: Tensor,
-    cut_out: Tensor | None,
-    up_bias: Tensor | None,
-    up_scale: Tensor | None,
-    down_scale: Tensor | None,
-    bias: Tensor | None,
-    ran: Tensor,
-) -> Tensor:
+def kernel(*args: Tensor | None) -> Tensor:
     """gate [tokens, n], hidden [tokens, d_in], up [n, d_in], down [n, d_out] -> [tokens, d_out] float32.
 
     Rows of cut units are not loaded.
     """
+    gate, hidden, up, down, cut, cut_out, up_bias, up_scale, down_scale, bias, ran = Arguments._make(args)
     (tokens, n), width = gate.shape, up.shape[1]
     gate, hidden, cut = unit_stride(gate), unit_stride(hidden), cut.contiguous()
     vectors = [None if vector is None else vector.contiguous() for vector in (up_bias, up_scale, down_scale)]
