@@ -213,6 +213,23 @@ def test_if_nothing_passes_every_unit_runs(trained):
     assert calibrate(model, data, accuracy, max_drop=0.05).holds and not selective_modules(model)["mlp"].off
 
 
+def test_the_drop_is_one_from_the_network_that_was_given(trained):
+    """A network with damaged weights is its own dense twin, but not that of the one from before."""
+    model = copy.deepcopy(trained)
+    convert_(model, Threshold(), "mlp")
+    data = batches(points(1600, 2))
+    own: Any = calibrate(model, data, accuracy, max_drop=0.03)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    alone: Any = calibrate(model, data, accuracy, max_drop=0.03)
+    against: Any = calibrate(model, data, accuracy, max_drop=0.03, against=trained)
+    assert own.holds and alone.holds and not against.holds
+    assert against.dense_quality == own.dense_quality > alone.dense_quality
+    # Every unit runs, and the contract says what that gives.
+    assert against.selective_quality == pytest.approx(alone.dense_quality)
+
+
 def test_exact_zeros_lose_no_decision():
     torch.manual_seed(1)
     model: nn.Module = Classifier(nn.ReLU()).eval()

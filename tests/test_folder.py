@@ -279,6 +279,7 @@ DAMAGE = {
     "wrong type": (lambda f: edit_layer(f, units="40"), "wrong type"),
     "unknown selector": (lambda f: edit_layer(f, selector="Oops"), "got 'Oops'.*SELECTORS"),
     "unknown option": (lambda f: edit_layer(f, config={"speed": 3}), "Threshold takes other arguments"),
+    "bad setting": (lambda f: edit_layer(f, config={"setting": 500}), "other arguments: setting must be a percentage"),
     "no such layer": (lambda f: edit_layer(f, path="nowhere"), "nowhere"),
     "another size": (lambda f: edit_layer(f, units=41), "40 units in a layer of 41"),
     "unknown activation": (lambda f: other_mlp(f, activation="function:evil"), "unknown activation"),

@@ -2,10 +2,10 @@
 
 from sparingly.calibrate import calibrate
 from sparingly.compare import compare
+from sparingly.contract import Contract
 from sparingly.convert import convert_, restore_
 from sparingly.energy import count, measure
 from sparingly.explain import explain
-from sparingly.guard import Contract
 from sparingly.metrics import accuracy, agreement, perplexity
 from sparingly.nn import Plan, SelectiveBag, SelectiveHead
 from sparingly.optim import optimizer

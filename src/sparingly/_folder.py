@@ -35,6 +35,7 @@ from sparingly.convert import CONTRACT
 from sparingly.convert._convert import _kind
 from sparingly.convert._families import ACTIVATIONS
 from sparingly.convert._observe import is_transformers
+from sparingly.nn.experts import SelectiveExperts
 from sparingly.nn.head import SelectiveHead
 from sparingly.nn.mlp import SelectiveMLP
 from sparingly.nn.selective import Selective, selective_modules
@@ -142,7 +143,8 @@ def _layer(path: str, layer: Selective) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "path": path,
         "kind": _kind(layer),
-        "units": layer.num_units,
+        "units": _units(layer),
+        "per_token": layer.per_token if isinstance(layer, SelectiveExperts) else None,
         "selector": name,
         "config": selector.config() | {"setting": selector.setting},
         "off": layer.off,
@@ -162,6 +164,11 @@ def _layer(path: str, layer: Selective) -> dict[str, Any]:
             "guesses": isinstance(selector, LowRank) and selector.activation is not None,
         }
     return entry
+
+
+def _units(layer: Selective) -> int:
+    """How many units the layer's selector is for."""
+    return layer.bank_units if isinstance(layer, SelectiveExperts) else layer.num_units
 
 
 def _name_of(activation: Any, container: nn.Module, path: str) -> str:

@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparingly._data import data_hash
-from sparingly._folder import DESCRIPTION, FORMAT, STATES, VERSION, WEIGHTS, place
+from sparingly._folder import DESCRIPTION, FORMAT, STATES, VERSION, WEIGHTS, _units, place
+from sparingly.contract import Contract
 from sparingly.convert import CONTRACT, Place
 from sparingly.convert._convert import _make, _put, _put_back
+from sparingly.convert._experts import expert_form
 from sparingly.convert._families import ACTIVATIONS
 from sparingly.convert._match import TOLERANCE, distance
-from sparingly.guard import Contract
+from sparingly.nn._expert_form import ExpertForm
 from sparingly.nn._rows import sizes
 from sparingly.nn.screen_head import ScreenHead
 from sparingly.nn.selective import Selective, selective_modules
@@ -43,6 +45,7 @@ _LAYER: dict[str, Any] = {
     "path": str,
     "kind": str,
     "units": int,
+    "per_token": (int, type(None)),
     "selector": str,
     "config": dict,
     "off": bool,
@@ -157,10 +160,12 @@ def _tensors(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
 def _selector(folder: Path, entry: dict[str, Any], states: Mapping[str, Tensor]) -> Selector:
     where, name = f"{folder / DESCRIPTION}: layer {entry['path']!r}", entry["selector"]
     try:
-        selector = selector_class(name).from_config(entry["config"])
+        known = selector_class(name)
     except ValueError as error:
         raise ValueError(f"{where}: {error}. A class of your own goes into sparingly.selectors.SELECTORS") from error
-    except TypeError as error:
+    try:
+        selector = known.from_config(entry["config"])
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {name} takes other arguments: {error}") from error
     prefix = f"{entry['path']}.selector."
     state = {key.removeprefix(prefix): value for key, value in states.items() if key.startswith(prefix)}
@@ -289,10 +294,15 @@ def _convert_one(model: nn.Module, entry: dict[str, Any], selector: Selector, re
         want = original(x)
         if mlp["guesses"] and isinstance(selector, LowRank):
             selector.rank_by(activation)
+    if entry["kind"] == "experts":
+        form = expert_form(original)
+        if not isinstance(form, ExpertForm):
+            raise ValueError(form or "it holds no experts in one parameter")
+        here = Place(path, "experts", form=form, per_token=entry["per_token"] or 1)
     selector.to(next(original.parameters()).device)
     module = replaced[path] = _make(model, here, selector)
-    if module.num_units != entry["units"]:
-        raise ValueError(f"it has {module.num_units} units, the saved one {entry['units']}")
+    if _units(module) != entry["units"]:
+        raise ValueError(f"it has {_units(module)} units, the saved one {entry['units']}")
     if mlp is not None:
         module.off = True
         got = module(x)

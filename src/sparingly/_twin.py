@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparingly._data import batches, call, inputs, to_device
+from sparingly.contract import Contract
 from sparingly.convert import CONTRACT, restore_
-from sparingly.guard import Contract
 from sparingly.metrics import Metric, as_metric, observe
 
 Work = Callable[[], Any]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from statistics import NormalDist
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from sparingly._data import batches, call, data_hash, inputs, to_device
+from sparingly.contract import Contract
 from sparingly.convert import CONTRACT
 from sparingly.energy.machine import versions
-from sparingly.guard import Contract, Walk, walk
+from sparingly.guard import Promise, Walk, walk
 from sparingly.metrics import Metric, as_metric, observe
 from sparingly.nn.sample import Option, gather
 from sparingly.nn.selective import Selective, dense_answers, needed_layers, reset
@@ -20,13 +24,22 @@ from sparingly.nn.selective import Selective, dense_answers, needed_layers, rese
 FIT_SHARE = 0.25
 """Share of the calibration examples that selectors and path are made from; the rest tests."""
 
-SHARES = (0.2, 0.5, 0.7, 0.85, 1.0, 1.15)
-"""Expected losses of the path's points, in shares of what is allowed: close together where the last one will be."""
+SHARES = (0.2, 0.5, 0.75, 0.9, 1.0, 1.1)
+"""Expected losses of the path's points, in shares of the one that should just pass. The first is far below it because
+that one is found on few examples; it costs little, since a point that loses little is decided early."""
 
-SEARCHES = 6
-"""How many settings are run to find the path's middle; where the estimate is right, one is enough."""
+SEARCHES, SEARCHED = 4, 12
+"""How many settings are run to find the path's middle, on how many batches; where the estimate is right, one is
+enough."""
 
 Settings = dict[str, int]
+
+Say = Callable[[str, float | None], None]
+"""Told what is being done, and the share done."""
+
+
+def _silent(what: str, share: float | None) -> None:
+    pass
 
 
 def costs(path_options: Mapping[str, Sequence[Option]], settings: Settings) -> tuple[float, float]:
@@ -77,7 +90,8 @@ def calibrate(
     max_drop: float = 0.01,
     confidence: float = 0.95,
     *,
-    progress: Callable[[str, float | None], None] | None = None,
+    against: nn.Module | None = None,
+    progress: Say | None = None,
 ) -> Contract:
     """Make a converted model as sparing as its contract allows: a drop of at most ``max_drop``, with ``confidence``.
 
@@ -93,6 +107,8 @@ def calibrate(
             0..1.
         max_drop: 0.01 is one per cent of perplexity, one point of accuracy, one in a hundred answers.
         confidence: between 0 and 1.
+        against: the network that the drop is a drop from, for instance the one from before :func:`sparingly.recover`.
+            None: the model itself with every unit running.
         progress: called with what is being done and the share done.
 
     Returns the contract, which is kept with the model and saved with it.
@@ -107,28 +123,18 @@ def calibrate(
     promise = measured.promise(max_drop, confidence)
     examples = batches(calibration, size=4)
     fit_on, test_on = _split(examples)
-    promise.check(_count(test_on))
-    say = progress or (lambda what, share: None)
+    tested = _Tested(measured, model, model if against is None else against, test_on, progress or _silent)
+    promise.check(tested.n)
     before = {name: _state(layer) for name, layer in layers.items()}
     found: Walk | None = None
     try:
         _switch(layers, off=False)
-        say("running the dense model", 0.0)
-        with dense_answers(model):
-            dense = observe(measured, model, test_on)
-        say("fitting selectors", 0.1)
+        tested.run_dense()
+        tested.say("fitting selectors", 0.15)
         options = fit_selectors(model, fit_on)
-        trail = _trail(measured, model, layers, options, fit_on, promise.limit)
-        say("testing settings", 0.3)
-        observed: list[Tensor] = []
-
-        def drops(settings: Settings) -> Tensor:
-            apply(layers, settings)
-            observed.append(observe(measured, model, test_on))
-            say("testing settings", min(0.99, 0.3 + 0.7 * len(observed) / len(trail)))
-            return measured.drops(dense, observed[-1])
-
-        found = walk(trail, drops, promise)
+        tested.say("looking for the settings to test", 0.35)
+        tested.trail = _trail(tested, layers, options, fit_on, promise)
+        found = walk(tested.trail, tested.drops, promise, tested.n)
     finally:
         reset(model)
         if found is None:
@@ -138,25 +144,60 @@ def calibrate(
     if found.chosen is None:
         _switch(layers, off=True)
     else:
-        apply(layers, trail[found.chosen])
-    last = dense if found.chosen is None else observed[found.chosen]
-    contract = _contract(measured, promise, found, trail, (dense, last), examples)
+        apply(layers, tested.trail[found.chosen])
+    contract = _contract(tested, promise, found, examples)
     setattr(model, CONTRACT, contract)
     return contract
 
 
-def _contract(
-    metric: Metric, promise: Any, found: Walk, trail: list[Settings], seen: tuple[Tensor, Tensor], examples: Any
-) -> Contract:
-    dense, selective = seen
+class _Tested:
+    """The batches that settings are tested on, and what was observed there."""
+
+    def __init__(self, metric: Metric, model: nn.Module, dense: nn.Module, data: list[Any], say: Say):
+        self.metric, self.model, self.dense_model, self.data, self.say = metric, model, dense, data, say
+        self.n = _count(data)
+        self.dense: list[Tensor] = []
+        self.trail: list[Settings] = []
+        self.seen: dict[int, list[Tensor]] = {}
+
+    def run_dense(self) -> None:
+        """Observe the dense answers."""
+        for place, batch in enumerate(self.data):
+            self.say("running the dense model", 0.15 * place / len(self.data))
+            self.dense.append(self.dense_on([batch]))
+
+    def dense_on(self, data: list[Any]) -> Tensor:
+        """What the dense network gives."""
+        with dense_answers(self.dense_model):
+            return observe(self.metric, self.dense_model, data)
+
+    def drops(self, settings: Settings) -> Iterator[Tensor]:
+        """What one point of the trail loses, batch by batch."""
+        layers, point = needed_layers(self.model), self.trail.index(settings)
+        self.seen[point] = []
+        for dense, batch in zip(self.dense, self.data, strict=True):
+            share = sum(map(len, self.seen.values())) / (len(self.trail) * len(self.data))
+            self.say(f"testing setting {point + 1} of {len(self.trail)}", 0.5 + 0.5 * share)
+            # Each time, because another point may have been tested meanwhile.
+            apply(layers, settings)
+            self.seen[point].append(observe(self.metric, self.model, [batch]))
+            yield self.metric.drops(dense, self.seen[point][-1])
+
+
+def _contract(tested: _Tested, promise: Promise, found: Walk, examples: Any) -> Contract:
+    metric, dense = tested.metric, torch.cat(tested.dense)
+    if found.chosen is not None:
+        last = torch.cat(tested.seen[found.chosen])
+    else:
+        last = dense if tested.model is tested.dense_model else observe(metric, tested.model, tested.data)
     return Contract.of(
         found,
         promise,
-        trail,
+        tested.trail,
         metric=metric.name,
         data_hash=data_hash(examples),
         dense_quality=metric.quality(dense, dense),
-        selective_quality=metric.quality(dense, selective),
+        selective_quality=metric.quality(dense, last),
         versions={name: version for name, version in versions().items() if version},
     )
 
@@ -180,42 +221,46 @@ def fit_selectors(model: nn.Module, fit_on: Sequence[Any]) -> dict[str, list[Opt
 
 
 def _trail(
-    metric: Metric,
-    model: nn.Module,
+    tested: _Tested,
     layers: Mapping[str, Selective],
     options: dict[str, list[Option]],
     fit_on: list[Any],
-    limit: float,
+    promise: Promise,
 ) -> list[Settings]:
-    """Settings from dense to sparse, close together where the limit is expected, from the fitting examples alone.
+    """Settings from dense to sparse, close together where the last one should pass, from the fitting examples
+    alone.
 
     The gradients give the loss up to a factor: they leave out how errors of layers add up, and the metric may have
-    another unit. Some settings are run to find the estimate at which the limit is reached.
+    another unit. Some settings are run to find the estimate at which the mean drop and what a test adds to it for
+    chance reach the limit.
     """
     if not options:
         return [{name: layer.selector.setting for name, layer in layers.items()}]
-    few = fit_on[: max(1, len(fit_on) // 2)]
-    with dense_answers(model):
-        dense = observe(metric, model, few)
-    estimate, low, high = limit, 0.0, math.inf
+    few = fit_on[:: max(1, len(fit_on) // SEARCHED)]
+    metric, dense = tested.metric, tested.dense_on(few)
+    estimate, low, high = promise.limit, 0.0, math.inf
+    chance = NormalDist().inv_cdf(promise.confidence) / math.sqrt(tested.n)
     for _ in range(SEARCHES):
         apply(layers, path(options, [estimate])[0])
-        real = float(metric.drops(dense, observe(metric, model, few)).double().mean())
-        low, high = (max(low, estimate), high) if real <= limit else (low, min(high, estimate))
-        if abs(real - limit) <= 0.1 * limit:
+        drops = metric.drops(dense, observe(metric, tested.model, few)).double()
+        wanted = promise.limit - chance * float(drops.std()) if len(drops) > 1 else promise.limit
+        wanted, real = max(wanted, 0.1 * promise.limit), float(drops.mean())
+        low, high = (max(low, estimate), high) if real <= wanted else (low, min(high, estimate))
+        if abs(real - wanted) <= 0.1 * wanted:
             break
-        step = min(8.0, max(0.125, limit / real)) if real > 0 else 8.0
+        step = min(8.0, max(0.125, wanted / real)) if real > 0 else 8.0
         estimate = math.sqrt(low * high) if 0 < low < high < math.inf else estimate * step
     return path(options, [share * estimate for share in SHARES])
 
 
 def _split(examples: list[Any]) -> tuple[list[Any], list[Any]]:
-    """(examples to fit on, examples to test on): every fourth batch, whatever order the data have."""
+    """(batches to fit on, batches to test on): every fourth, whatever order the data have; the rest is shuffled."""
     if len(examples) < 2:
         raise ValueError("calibration needs at least 2 batches, one to fit on and one to test on; give more examples")
     step = round(1 / FIT_SHARE)
     fit_on = examples[::step]
-    return fit_on, [batch for place, batch in enumerate(examples) if place % step]
+    test_on = [batch for place, batch in enumerate(examples) if place % step]
+    return fit_on, [test_on[place] for place in np.random.default_rng(0).permutation(len(test_on))]
 
 
 def _count(examples: list[Any]) -> int:

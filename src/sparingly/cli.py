@@ -125,7 +125,7 @@ def measure(
     raise typer.Exit(code)
 
 
-WORKLOADS = ("spell", "smollm")
+WORKLOADS = ("spell", "smollm", "minilm")
 
 
 @app.command()

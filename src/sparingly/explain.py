@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sparingly.contract import Contract
 from sparingly.convert import CONTRACT
-from sparingly.guard import Contract
 from sparingly.nn.selective import needed_layers
 from sparingly.ops import fallbacks, registered
 

@@ -44,17 +44,15 @@ whatever its length::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparingly._data import data_hash
-
-__all__ = ["Contract", "Promise", "Step", "Walk", "betting_p", "binomial_p", "binomial_upper", "data_hash", "walk"]
+__all__ = ["Promise", "Step", "Walk", "betting_p", "binomial_p", "binomial_upper", "walk"]
 
 _LARGEST_BET = 0.98
 """Share of the wealth that one example may cost: 0.9 passed 0.89 of the time where this passed 1.00 (500 shares that
@@ -76,21 +74,23 @@ def binomial_upper(ones: int, n: int, confidence: float) -> float:
     return 1.0 if ones >= n else _crossing(lambda m: binomial_p(ones, n, m) <= 1 - confidence, ones / n, 1.0)
 
 
-def betting_p(drops: np.ndarray, limit: float, high: float, confidence: float) -> float:
-    """The p-value of "the mean is more than limit" for drops [n] float64, none of them above ``high``.
+def betting_p(drops: np.ndarray, limit: float, high: float, confidence: float, n: int | None = None) -> float:
+    """The p-value of "the mean is more than limit" for drops float64 [n], none of them above ``high``.
 
     Wealth starts at 1 and is multiplied by ``1 + bet * (limit - drop)`` for each drop. If the mean were more than the
     limit, wealth would be a non-negative supermartingale, and the chance that it ever reaches w at most 1 ÷ w (Ville);
-    so 1 ÷ its highest value is a p-value. Bets aim at a p-value of 1 - confidence, and once they are there at half of
-    that and so on. Examples are taken in a fixed shuffled order, so that a file that is sorted by kind of document
-    counts as its mixture.
+    so 1 ÷ its highest value is a p-value, and one may stop whenever it is low enough. Bets aim at a p-value of
+    1 - confidence, and once they are there at half of that and so on. Examples are taken in a fixed shuffled order, so
+    that a file that is sorted by kind of document counts as its mixture. With ``n`` the drops are the first of n, in
+    an order that was shuffled before.
     """
-    target = -math.log1p(-confidence)
-    n, room = len(drops), high - limit
+    if n is None:
+        n, drops = len(drops), _shuffled(drops)
+    target, room = -math.log1p(-confidence), high - limit
     largest, wealth, best = _LARGEST_BET / room, 0.0, 0.0
     # The second moment about the limit, from the past alone; it starts as if one drop had been half the room away.
     squares, seen = 0.25 * room * room, 1
-    for drop in drops[np.random.default_rng(0).permutation(n)].tolist():
+    for drop in drops.tolist():
         bet = min(math.sqrt(2 * (target - wealth) * seen / ((n - seen + 1) * squares)), largest)
         gain = limit - drop
         wealth += math.log1p(bet * gain)
@@ -100,6 +100,10 @@ def betting_p(drops: np.ndarray, limit: float, high: float, confidence: float) -
         squares += gain * gain
         seen += 1
     return math.exp(-best)
+
+
+def _shuffled(drops: np.ndarray) -> np.ndarray:
+    return drops[np.random.default_rng(0).permutation(len(drops))]
 
 
 def _crossing(rejects: Callable[[float], bool], low: float, high: float) -> float:
@@ -115,12 +119,14 @@ def _crossing(rejects: Callable[[float], bool], low: float, high: float) -> floa
 
 @dataclass(frozen=True)
 class Step:
-    """One configuration of a path: its plain mean drop, the test's p-value, how many drops were clipped from above."""
+    """One configuration of a path: its plain mean drop over the ``n`` examples that it took to decide, the test's
+    p-value, how many of their drops were clipped from above."""
 
     drop: float
     p_value: float
     clipped: int
     passed: bool
+    n: int
 
 
 @dataclass(frozen=True)
@@ -201,23 +207,33 @@ class Promise:
                 f"{self.needed(binary)} examples, even if nothing is lost; got {n}. Give more, or ask for less"
             )
 
-    def _p_value(self, drops: np.ndarray, limit: float) -> float:
+    def _p_value(self, drops: np.ndarray, limit: float, n: int | None) -> float:
         if drops.dtype == bool:
-            return binomial_p(int(drops.sum()), len(drops), limit)
+            # The number of ones has a binomial distribution only where nobody stopped because of it.
+            return binomial_p(int(drops.sum()), len(drops), limit) if n in (None, len(drops)) else 1.0
         low, high = self._range
-        return betting_p(np.clip(drops, low, high), limit, high, self.confidence)
+        return betting_p(np.clip(drops, low, high), limit, high, self.confidence, n)
 
-    def test(self, drops: np.ndarray) -> Step:
-        """drops [n], float64 or bool, finite and inside ``bounds`` -> what the test says of them."""
-        mean, p_value = float(drops.mean()), self._p_value(drops, self.limit)
+    def test(self, drops: np.ndarray, n: int | None = None) -> Step:
+        """drops, float64 or bool, finite and inside ``bounds`` -> what the test says of them. ``n``: they are the first
+        of n in an order that was shuffled before; None: they are all, in any order."""
+        mean, p_value = float(drops.mean()), self._p_value(drops, self.limit, n)
         clipped = 0 if self.bounds or drops.dtype == bool else int((drops > self._range[1]).sum())
         passed = p_value <= 1 - self.confidence and mean <= self.limit
-        return Step(self.as_drop(mean), p_value, clipped, passed)
+        return Step(self.as_drop(mean), p_value, clipped, passed, len(drops))
+
+    def hopeless(self, drops: np.ndarray, n: int) -> bool:
+        """True if the first drops of n cannot pass any more, even if the rest of the examples loses nothing."""
+        return not self.test(np.concatenate([drops, np.zeros(n - len(drops), drops.dtype)]), n).passed
 
     def upper(self, drops: np.ndarray) -> float:
-        """The upper confidence bound of the mean (clipped) drop of drops that passed, in the units of ``max_drop``."""
-        error = 1 - self.confidence
-        return self.as_drop(_crossing(lambda m: self._p_value(drops, m) <= error, float(drops.mean()), self.limit))
+        """The upper confidence bound of the mean (clipped) drop of drops that passed, in the units of ``max_drop``;
+        they come in an order that was shuffled before."""
+
+        def rejects(mean: float) -> bool:
+            return self._p_value(drops, mean, len(drops)) <= 1 - self.confidence
+
+        return self.as_drop(_crossing(rejects, float(drops.mean()), self.limit))
 
 
 @dataclass(frozen=True)
@@ -234,12 +250,58 @@ class Walk:
     upper: float | None
 
 
-def walk(path: Sequence[Any], evaluate: Callable[[Any], Tensor | np.ndarray], promise: Promise) -> Walk:
+class _Trial:
+    """The drops of one configuration, of which no more are asked for than it takes to decide."""
+
+    def __init__(self, given: Any, promise: Promise, index: int, n: int | None):
+        whole = isinstance(given, (Tensor, np.ndarray))
+        self._promise, self._index = promise, index
+        self._parts: Iterator[np.ndarray] = iter([_shuffled(self._check(given))] if whole else map(self._check, given))
+        first = next(self._parts, np.empty(0))
+        self.n = len(first) if whole or n is None else n
+        self.drops = first
+
+    def _check(self, values: Any) -> np.ndarray:
+        return _checked(values, self._promise, self._index)
+
+    def decide(self) -> Step:
+        """What the test says as soon as it says something."""
+        while not (step := self._promise.test(self.drops, self.n)).passed:
+            if self._promise.hopeless(self.drops, self.n) or not self._more():
+                break
+        return step
+
+    def finish(self) -> Step:
+        """What the test says of all examples."""
+        while self._more():
+            pass
+        return self._promise.test(self.drops, self.n)
+
+    def _more(self) -> bool:
+        part = next(self._parts, None)
+        if part is not None:
+            self.drops = np.concatenate([self.drops, part])
+        if len(self.drops) > self.n or (part is None and len(self.drops) < self.n):
+            raise ValueError(f"configuration {self._index} gave drops of {len(self.drops)} examples, not of {self.n}")
+        return part is not None
+
+
+def walk(
+    path: Sequence[Any],
+    evaluate: Callable[[Any], Tensor | np.ndarray | Iterable[Tensor | np.ndarray]],
+    promise: Promise,
+    n: int | None = None,
+) -> Walk:
     """Test the configurations of ``path`` from the densest to the sparsest, and stop at the first that fails.
 
     The chance that the chosen one breaks the promise is at most ``1 - promise.confidence``, provided that path and
-    order were fixed before these examples were seen. ``evaluate``: configuration -> how much worse than dense it did on
-    each example, floating or bool [n].
+    order were fixed before these examples were seen.
+
+    Args:
+        evaluate: configuration -> how much worse than dense it did on each example, floating or bool [n]; or an
+            iterable of such parts, n in all, in an order shuffled beforehand. Of parts no more are asked for than it
+            takes to decide (a betting test may stop at any time), and all of them of the configuration that is chosen.
+        n: how many examples there are; needed for parts.
 
     Raises:
         ValueError: an empty path; no examples, or too few for anything to pass; a drop that is NaN, infinite or out of
@@ -248,23 +310,32 @@ def walk(path: Sequence[Any], evaluate: Callable[[Any], Tensor | np.ndarray], pr
     if not len(path):
         raise ValueError("path is empty: give at least one configuration")
     tried: list[Step] = []
-    kept = first = None
+    first = last = None
     for index, configuration in enumerate(path):
-        drops = _checked(evaluate(configuration), promise, index)
+        trial = _Trial(evaluate(configuration), promise, index, n)
         if first is None:
-            first = drops
-            promise.check(len(drops), drops.dtype == bool)
-        given, before = (f"{len(one)} of {one.dtype}" for one in (drops, first))
+            first = trial
+            promise.check(trial.n, trial.drops.dtype == bool)
+        given, before = (f"{one.n} of {one.drops.dtype}" for one in (trial, first))
         if given != before:
             raise ValueError(f"configuration {index} gave drops of other examples: {given}, the first {before}")
-        tried.append(promise.test(drops))
+        tried.append(trial.decide())
         if not tried[-1].passed:
             break
-        kept = drops
+        last = trial
     assert first is not None
     chosen = sum(step.passed for step in tried) - 1
-    upper = None if kept is None else promise.upper(kept)
-    return Walk(tuple(tried), chosen if chosen >= 0 else None, len(first), promise.bound(first.dtype == bool), upper)
+    # All that passed may be chosen: one whose plain mean over all examples is above the limit is not.
+    while last is not None:
+        tried[chosen] = last.finish()
+        if tried[chosen].passed:
+            break
+        tried = tried[: chosen + 1]
+        chosen -= 1
+        last = _Trial(evaluate(path[chosen]), promise, chosen, n) if chosen >= 0 else None
+    upper = None if last is None else promise.upper(last.drops)
+    bound = promise.bound(first.drops.dtype == bool)
+    return Walk(tuple(tried), None if last is None else chosen, first.n, bound, upper)
 
 
 def _checked(values: Tensor | np.ndarray, promise: Promise, index: int) -> np.ndarray:
@@ -287,111 +358,3 @@ def _checked(values: Tensor | np.ndarray, promise: Promise, index: int) -> np.nd
             "path. Look for NaN or infinity in the data and in the model's answers"
         )
     return drops
-
-
-@dataclass(frozen=True)
-class Contract:
-    """What was promised, on which data, and what was chosen. Plain JSON values, saved with the model.
-
-    ``drop``, ``upper`` and ``p_value`` are those of the chosen ``setting`` (layer name -> its selector's setting); all
-    four are None if nothing passed, and the model is dense then. ``drop`` is the plain mean, ``upper`` the upper bound
-    of the clipped one where ``bound`` is "clipped betting". ``clip``: None if nothing is clipped, else in multiples of
-    the limit. ``clipped``: how many of the ``n`` examples were worse than that, for the chosen setting.
-    """
-
-    metric: str
-    max_drop: float
-    confidence: float
-    n: int
-    data_hash: str
-    bound: str
-    clip: float | None
-    clipped: int
-    drop: float | None
-    upper: float | None
-    p_value: float | None
-    setting: dict[str, Any] | None
-    dense_quality: float
-    selective_quality: float
-    tried: tuple[Step, ...]
-    versions: dict[str, str] = field(default_factory=dict)
-    date: str | None = None
-
-    @classmethod
-    def of(cls, found: Walk, promise: Promise, settings: Sequence[Mapping[str, Any]], **rest: Any) -> Contract:
-        """The contract of a walk over ``settings``; ``rest``: metric, data_hash, both qualities, versions, date."""
-        chosen = None if found.chosen is None else found.tried[found.chosen]
-        return cls(
-            max_drop=promise.max_drop,
-            confidence=promise.confidence,
-            n=found.n,
-            bound=found.bound,
-            clip=promise.clip if found.bound == "clipped betting" else None,
-            clipped=chosen.clipped if chosen else 0,
-            drop=chosen.drop if chosen else None,
-            upper=found.upper,
-            p_value=chosen.p_value if chosen else None,
-            setting=None if found.chosen is None else dict(settings[found.chosen]),
-            tried=found.tried,
-            **rest,
-        )
-
-    @property
-    def holds(self) -> bool:
-        """True if a setting kept the promise; False: nothing did, and the model is dense."""
-        return self.setting is not None
-
-    @property
-    def clipped_upper(self) -> float:
-        """Upper confidence bound of the share of examples that lose more than the clip, at the same confidence."""
-        return 0.0 if self.clip is None else binomial_upper(self.clipped, self.n, self.confidence)
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready; ``date`` is left out where there is none."""
-        values = asdict(self) | {"tried": [asdict(step) for step in self.tried]}
-        return {name: value for name, value in values.items() if name != "date" or value is not None}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Contract:
-        """What :meth:`as_dict` gave. Raises ValueError that names what is missing, foreign, or of the wrong type."""
-        _check_fields(cls, values, "contract", frozenset({"date", "versions"}))
-        for index, step in enumerate(values["tried"]):
-            _check_fields(Step, step, f"contract, tried[{index}]")
-        contract = cls(**{**values, "tried": tuple(Step(**step) for step in values["tried"])})
-        Promise(contract.max_drop, contract.confidence)
-        passed = [step.passed for step in contract.tried]
-        chosen = contract.tried[sum(passed) - 1] if any(passed) else None
-        if not passed or sum(passed) < len(passed) - 1 or sorted(passed, reverse=True) != passed:
-            raise ValueError("contract: tried must hold steps that passed, then at most one that failed")
-        ours = (contract.drop, contract.p_value, contract.setting is not None, contract.upper is not None)
-        if ours != ((chosen.drop, chosen.p_value, True, True) if chosen else (None, None, False, False)):
-            raise ValueError("contract: setting, drop, upper and p_value must be those of the last step that passed")
-        return contract
-
-    def __str__(self) -> str:
-        asked = f"{self.metric}: a drop of at most {self.max_drop:.3g} at {100 * self.confidence:g} % confidence"
-        on = f"{self.n:,} examples, {self.bound}"
-        if self.drop is None or self.upper is None:
-            lost = f"the densest configuration lost {self.tried[0].drop:.3g}"
-            return f"{asked}: nothing passed ({on}); {lost}; the model is dense"
-        text = f"{asked}: holds ({on}); estimated {self.drop:.3g}, at most {self.upper:.3g}"
-        tail = f"{self.clipped} examples (at most {self.clipped_upper:.2%} of all) lose over {self.clip} times as much"
-        return text if self.clip is None else f"{text}; {tail}"
-
-
-_TYPES = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "None": (type(None),)}
-_TYPES |= {"dict": (dict,), "tuple": (list, tuple)}
-
-
-def _check_fields(cls: type, values: Any, where: str, optional: frozenset[str] = frozenset()) -> None:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where} must be a mapping, got {values!r}")
-    names = {one.name: str(one.type) for one in fields(cls)}
-    missing, foreign = sorted(names.keys() - values.keys() - optional), sorted(values.keys() - names.keys())
-    if missing or foreign:
-        raise ValueError(f"{where}: missing {missing}, unknown {foreign}")
-    for name, value in values.items():
-        kinds = [kind for part in names[name].split(" | ") for kind in _TYPES[part.split("[")[0]]]
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds) or not finite:
-            raise ValueError(f"{where}: {name} must be {names[name]}, got {value!r}")

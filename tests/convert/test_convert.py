@@ -376,3 +376,57 @@ def test_output_layers_that_share_a_weight_stay_tied():
     assert model.get_output_embeddings() is model.lm_head
     restore_(model)
     assert unchanged(model, before) and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def on_meta() -> nn.Module:
+    return Net().to("meta")
+
+
+def quantised() -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(Net().eval(), {nn.Linear}, dtype=torch.qint8)
+
+
+def without_gradients(dtype: torch.dtype) -> nn.Module:
+    return Net().requires_grad_(False).to(dtype)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (on_meta, "meta device: load the weights first"),
+        (quantised, "not an nn.Linear"),
+        (lambda: without_gradients(torch.complex64), "complex64"),
+        (lambda: without_gradients(torch.float8_e4m3fn), "float8_e4m3fn: float32, bfloat16 or float16 are needed"),
+    ],
+    ids=["meta", "int8", "complex64", "float8"],
+)
+def test_unsupported_devices_and_dtypes_are_refused(make, message):
+    model = make()
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    state = {name: id(value) for name, value in model.named_parameters()}
+    with pytest.raises(ValueError, match=rf"nothing could be made selective.*{message}"):
+        convert_(model, {"mlp": Threshold(), "linear": InputThreshold(), "head": Screen(4)})
+    assert [(name, id(module)) for name, module in model.named_modules()] == before
+    assert {name: id(value) for name, value in model.named_parameters()} == state
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Threshold(-1), "threshold must be a number from 0, or None, got -1"),
+        (lambda: Threshold("5%"), "threshold must be a number from 0, or None, got '5%'"),  # pyright: ignore
+        (lambda: InputThreshold(float("nan")), "got nan"),
+        (lambda: LowRank(0), "rank must be a whole number from 1, got 0"),
+        (lambda: LowRank(2.5), "rank must be a whole number from 1, got 2.5"),  # pyright: ignore
+        (lambda: Screen(6), "rank must be a positive multiple of 4, got 6"),
+        (lambda: Screen(8, 0), "keep must be a whole number from 1, got 0"),
+        (lambda: setattr(Threshold(), "setting", 101), r"setting must be a percentage in 0..100, got 101"),
+        (lambda: setattr(LowRank(), "setting", -5), r"setting must be a percentage in 0..100, got -5"),
+        (lambda: setattr(LowRank(), "setting", None), r"setting must be a percentage in 0..100, got None"),
+        (lambda: setattr(Screen(), "setting", 0), "setting must be a whole number from 1, got 0"),
+    ],
+)
+def test_options_of_selectors_that_make_no_sense(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -104,19 +104,6 @@ def test_attention_linears_and_head(family):
     assert [p.path for p in find(model, "model.layers.*.self_attn.?_proj")[0]] == [p.path for p in linear]
 
 
-def test_experts_in_one_weight():
-    model = tiny("Mixtral", "ForCausalLM", EXPERTS)
-    places, skipped = find(model, "mlp")
-    assert [(p.path, p.kind, p.fused) for p in places] == [
-        (f"model.layers.{i}.mlp.experts", "experts", "gate_up") for i in range(2)
-    ]
-    assert not skipped
-    other = tiny("GptOss", "ForCausalLM", {**EXPERTS, "head_dim": 8})
-    places, skipped = find(other, "mlp")
-    assert not places and [s.path for s in skipped] == [f"model.layers.{i}.mlp.experts" for i in range(2)]
-    assert "experts" in skipped[0].reason
-
-
 def test_mlp_with_a_convolution_inside_is_reported():
     config = {"depths": [1, 1], "hidden_sizes": [16, 32], "num_attention_heads": [1, 2], "num_encoder_blocks": 2}
     lists = {"sr_ratios": [2, 1], "patch_sizes": [3, 3], "strides": [2, 2], "mlp_ratios": [2, 2]}

@@ -88,6 +88,20 @@ def test_half_precision_gives_float32():
     assert inputs.dtype == gradients.dtype == torch.float32
 
 
+def test_each_call_runs_once_and_only_a_few_with_gradients():
+    net, ran = Net(), []
+
+    def run(place: int):
+        ran.append((place, torch.is_grad_enabled()))
+        return net(torch.full((4, 4), float(place)))
+
+    calls = [lambda place=place: run(place) for place in range(20)]
+    samples = gather(net, calls, {"one": net.one, "two": net.two}, {"one": -1000, "two": 1000})
+    assert sorted(place for place, _ in ran) == list(range(20))
+    assert sum(gradients for _, gradients in ran) == 8 == samples["two"].gradients.shape[0] // 4
+    assert sorted(set(samples["one"].inputs[:, 0].tolist())) == [float(place) for place in range(20)]
+
+
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "mapping", "last_hidden_state", "ints_first"])
 def test_any_output_can_be_probed(kind):
     value = torch.randn(2, 3, requires_grad=True)

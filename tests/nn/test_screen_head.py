@@ -141,6 +141,20 @@ def test_fit_says_what_each_setting_costs(linear):
     assert options[0].loss > 2 * options[-1].loss >= 0.0
 
 
+@torch.no_grad()
+def test_float16_is_fitted_and_answers_densely(linear):
+    head, x = ScreenHead.from_dense(linear.half(), Screen(8, 64)), inputs(30).half()
+    options = head.fit(Sample(inputs(2_000), torch.empty(0, N)))
+    assert options[-1].loss < options[0].loss and head.selector.fitted
+    assert torch.equal(head(x), linear(x)) and head.why_dense == {DTYPE: 30}
+
+
+@torch.no_grad()
+def test_the_input_is_named_as_in_torch(linear):
+    head, x = screened(linear), inputs(2)
+    assert torch.equal(head(input=x), head(x)) and linear(input=x).shape == (2, N)
+
+
 def test_torch_compile_and_export_see_one_operator(linear):
     head, x = screened(linear), inputs(6)
     with torch.no_grad():

@@ -199,7 +199,8 @@ def test_a_guess_of_all_units_is_dense_and_of_some_the_masked_network(kind):
 
 
 @torch.no_grad()
-def test_units_that_a_guess_leaves_out_are_not_read():
+def test_units_that_a_guess_leaves_out_are_not_read(monkeypatch):
+    monkeypatch.setattr(LowRank, "holds_for", lambda *_: True)  # Else other weights are noticed.
     layer, _ = make("gated", LowRank(4))
     layer.fit(Sample(torch.randn(100, WIDTH), torch.randn(100, OUT)))
     layer.selector.setting = 30
@@ -369,3 +370,21 @@ def test_other_dtypes(selector, dtype):
     got = layer.to(dtype)(x)
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), dense.to(dtype).double()(x.double()), rtol=tolerance, atol=tolerance)
+
+
+class Named(Gated):
+    def forward(self, hidden_states: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(hidden_states)
+
+
+@torch.no_grad()
+def test_the_input_may_come_by_the_name_that_the_original_gives_it():
+    original = Named()
+    layer: Any = SelectiveMLP(original, "u", "d", F.silu, Threshold(0.1), gate="g")
+    x = torch.randn(2, WIDTH)
+    assert torch.equal(layer(hidden_states=x), layer(x)) and original(hidden_states=x).shape == layer(x).shape
+    for wrong in ({"states": x}, {"hidden_states": x, "x": x}, {}):
+        with pytest.raises(TypeError, match="one input, hidden_states"):
+            layer(**wrong)
+    with pytest.raises(TypeError, match="one input, hidden_states"):
+        layer(x, hidden_states=x)

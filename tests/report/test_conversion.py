@@ -56,6 +56,13 @@ RAW = {
                     }
                 ],
             },
+            "recovered": {
+                "contract": {"upper": 0.0095},
+                "training_cpu_s": 1740.0,
+                "tokens": 170000,
+                "quality": {"drop": {"value": 0.007, "lo": 0.004, "hi": 0.01}},
+                "saving": {"macs": 1.41, "bytes": 1.78},
+            },
             "controls": {"share": 0.6, "drop": {"Random": {"value": 0.9, "lo": 0.8, "hi": 1.0}}},
             "layers": [
                 {"name": "layers.0.mlp", "selector": "Threshold", "share_run": 0.6},
@@ -94,10 +101,11 @@ def test_losses_are_published():
 
 def test_tables_hold_what_was_measured_and_leave_out_what_was_not():
     captions = [table.caption for table in conversion.tables(workload())]
-    assert len(captions) == 5
+    assert len(captions) == 6 and any("29 processor-minutes, 170,000 tokens" in caption for caption in captions)
     layers = conversion.tables(workload())[-1]
     assert layers.rows == (("mlp", "Threshold", "2", "70.0 %", "60.0 %"),)
-    assert len(conversion.tables(workload(head=None, controls=None, layers=None))) == 2
+    assert len(conversion.tables(workload(head=None, controls=None, layers=None, recovered=None))) == 2
+    assert len(conversion.summary(workload())) == 4
 
 
 def test_both_views_show_every_cell():

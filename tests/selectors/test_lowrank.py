@@ -104,7 +104,7 @@ def test_a_module_of_the_network_is_no_part_of_the_selector():
 
 
 def test_bad_options_are_refused():
-    with pytest.raises(ValueError, match="rank must be at least 1"):
+    with pytest.raises(ValueError, match="rank must be a whole number from 1"):
         LowRank(0)
     with pytest.raises(RuntimeError, match="not fitted"):
         LowRank(1).select(torch.randn(1, 2))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sparingly.convert._find import Place, Skipped, find
+from sparingly.nn.experts import SelectiveExperts
 from sparingly.nn.linear import SelectiveLinear
 from sparingly.nn.mlp import SelectiveMLP
 from sparingly.nn.screen_head import ScreenHead
@@ -91,6 +92,7 @@ def _convert(model: nn.Module, plan: _Plan) -> Changes:
             _put(model, place.path, module)
             replaced[place.path] = module
             note = "" if place.container or place.kind != "mlp" else "only the second layer skips"
+            note = f"{place.per_token} experts a token" if place.kind == "experts" else note
             changes.append(Change(place.path, place.kind, type(chosen).__name__, module.num_units, note))
     except BaseException:
         _put_back(model, replaced)
@@ -181,8 +183,8 @@ def _home(selector: Any) -> str:
 def _check_not_selective(model: nn.Module, wanted: Mapping[str, Selector]) -> None:
     done = {name: _kind(module) for name, module in selective_modules(model).items()}
     for part in wanted:
-        kind = "linear" if part == "attention" else part
-        names = [name for name, found in done.items() if found == kind]
+        kinds = {"attention": ("linear",), "mlp": ("mlp", "experts")}.get(part, (part,))
+        names = [name for name, found in done.items() if found in kinds]
         if names:
             raise ValueError(
                 f"{len(names)} places of {part!r} are selective already ({names[0]!r} …): restore_(model) first, or "
@@ -193,6 +195,8 @@ def _check_not_selective(model: nn.Module, wanted: Mapping[str, Selector]) -> No
 def _kind(module: Selective) -> str:
     if isinstance(module, ScreenHead):
         return "head"
+    if isinstance(module, SelectiveExperts):
+        return "experts"
     return "mlp" if isinstance(module, SelectiveMLP) or module.of_mlp else "linear"
 
 
@@ -211,7 +215,8 @@ def _unfit(place: Place, selector: Selector) -> str | None:
     """Why this selector cannot serve the place."""
     name = type(selector).__name__
     if place.kind == "experts":
-        return "experts in one three-dimensional weight are selective already, one expert being the unit"
+        ok = isinstance(selector, Threshold) and not isinstance(selector, InputThreshold)
+        return None if ok else f"experts that share one parameter take Threshold or Zeros, got {name}"
     if place.kind == "head":
         return None if isinstance(selector, Screen) else f"an output layer takes Screen, got {name}"
     if place.kind == "linear" or not place.container:
@@ -228,6 +233,9 @@ def _make(model: nn.Module, place: Place, selector: Selector) -> Selective:
     if place.kind == "head":
         assert isinstance(selector, Screen) and isinstance(original, nn.Linear)
         return ScreenHead.from_dense(original, selector)
+    if place.kind == "experts":
+        assert isinstance(selector, Threshold) and place.form is not None
+        return SelectiveExperts(original, place.form, selector, place.per_token)
     if place.kind == "linear" or not place.container:
         assert isinstance(selector, Threshold)
         module = SelectiveLinear.from_dense(original, selector)

@@ -1,8 +1,7 @@
 """What is known of model families, as data: names of attributes, activations, and what inputs they take.
 
 Nothing here is needed for a network that can be run: `_match` then compares the numbers that flow through it. Names
-serve where nothing can be run (a part of a model that the example does not reach), and for experts whose weights lie in
-one three-dimensional parameter, which have no linear layer that could be watched.
+serve where nothing can be run (a part of a model that the example does not reach).
 """
 
 from __future__ import annotations
@@ -62,12 +61,12 @@ FUSED_NAMES = (
     ("input_linear", "output_linear", "activation"),  # Granite's shared experts
 )
 
-# Three-dimensional weights of all experts: (first, second, activation); [experts, out, in] or [experts, in, out].
-EXPERT_NAMES = (
-    ("gate_up_proj", "down_proj", "act_fn"),
-    ("gate_up_proj", "down_proj", "activation"),
-    ("up_proj", "down_proj", "act_fn"),
-)
+# How many arguments the forward of a module of all experts takes -> how they say which expert serves which token.
+EXPERT_CALLS = {
+    3: "routed",  # tokens, ids and weights of each token's experts: Mixtral and most
+    2: "shared",  # tokens and weights of all experts: Inkling's shared experts
+    1: "sorted",  # a row for each expert and token, zeros for what is not routed: Llama 4
+}
 
 ATTENTION_WORDS = ("attention", "attn")
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate", "gate_network", "mlp_router"})

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparingly.convert._experts import expert_form
 from sparingly.convert._families import ROUTER_NAMES
 from sparingly.convert._match import LEAST_TOKENS, Match, common, exact_container, find_matches
-from sparingly.convert._names import above, attribute, expert_form, expert_names, is_attention, named_matches, within
+from sparingly.convert._names import above, attribute, is_attention, named_matches, within
 from sparingly.convert._observe import (
     Watcher,
     call_with,
@@ -23,6 +24,7 @@ from sparingly.convert._observe import (
     unchanged,
     unfit,
 )
+from sparingly.nn._expert_form import ExpertForm
 
 KINDS = ("mlp", "linear", "attention", "head")
 
@@ -33,14 +35,15 @@ class Place:
 
     Attributes:
         path: the module to replace. Of kind "mlp" with `container`: the container; without: the same as `down`.
-        kind: "mlp", "linear", "head", or "experts" (weights of all experts in one parameter; `up`, `gate` and `down`
-            are then names of parameters).
+        kind: "mlp", "linear", "head", or "experts" (weights of all experts in one parameter).
         up, gate, down: full names of linear layers, for kind "mlp"; gate None for plain down(act(up(x))).
         activation: elementwise; the network's own module or function where there is one. None where it is elementwise
             (tested) but not known to us; `container` is then False.
         container: True: path's forward(x) is exactly the MLP, in eval and in training mode, verified with numbers.
             False: only `down` may be replaced; what it reads is the activation.
         fused: None, or "gate_up" or "up_gate": gate and up are the halves, in this order, of one matrix; gate == up.
+        form: of kind "experts", which parameters are what.
+        per_token: of kind "experts", how many experts a token had in the forward that was watched, 1 if it had none.
     """
 
     path: str
@@ -51,6 +54,8 @@ class Place:
     activation: Callable[[Tensor], Tensor] | None = None
     container: bool = True
     fused: str | None = None
+    form: ExpertForm | None = None
+    per_token: int = 1
 
 
 @dataclass(frozen=True)
@@ -331,9 +336,8 @@ class _Search:
                 layers = [self.modules.get(n) for n in match.layers]
                 if any(n not in self.linears or n in taken or self.reasons[n] for n in match.layers):
                     continue
-                if any(self._inside_torch(n) for n in match.layers):
-                    continue
-                if self.whole or any(is_attention(self.modules, n) or self.watcher.log.ran(n) for n in match.layers):
+                elsewhere = (self._inside_torch(n) or is_attention(self.modules, n) for n in match.layers)
+                if self.whole or any(elsewhere) or any(map(self.watcher.log.ran, match.layers)):
                     continue
                 outs, ins = sizes(layers[0])[1], sizes(layers[-1])[0]  # pyright: ignore[reportArgumentType]
                 if outs != ins * (2 if match.fused else 1):
@@ -346,15 +350,11 @@ class _Search:
     def _experts(self) -> tuple[list[Place], list[Skipped]]:
         places, skipped = [], []
         for name, module in self.modules.items():
-            names = expert_names(module)
-            if names is None:
-                continue
-            form, dot = expert_form(module, names), f"{name}." if name else ""
-            if form is None:
-                skipped.append(Skipped(name, _EXPERTS))
-                continue
-            gate, fused = (dot + names[0], "gate_up") if form[0] else (None, None)
-            places.append(Place(name, "experts", dot + names[0], gate, dot + names[1], form[1], True, fused))
+            form = None if any(within(name, done) for done in self.selective) else expert_form(module)
+            if isinstance(form, str):
+                skipped.append(Skipped(name, form))
+            elif form is not None:
+                places.append(Place(name, "experts", form=form, per_token=self.watcher.log.per_token.get(name, 1)))
         return places, skipped
 
     def _inside_torch(self, name: str) -> bool:
@@ -387,9 +387,6 @@ class _Search:
         return f"the network has no linear layers (its weights are in {', '.join(others) or 'no module'})"
 
 
-_EXPERTS = (
-    "experts in one three-dimensional weight, in another form than down(act(gate(x)) * up(x)) of x, ids and weights"
-)
 _ROUTER = "it is a router, which decides what runs: small, and everything depends on it"
 _MULTIHEAD = "nn.MultiheadAttention reads its weight without calling it: a replacement would never run"
 _FAST_PATH = (

@@ -169,11 +169,13 @@ class Call:
 
 @dataclass
 class Log:
-    """What was seen: calls in order, layers called, and whether containers take one tensor and give one."""
+    """What was seen: calls in order, layers called, whether containers take one tensor and give one, and how many ids
+    (of experts) modules without linear layers got for each token."""
 
     calls: list[Call] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     plain: dict[str, bool] = field(default_factory=dict)
+    per_token: dict[str, int] = field(default_factory=dict)
 
     def ran(self, name: str) -> bool:
         """True if the module of this name was called."""
@@ -203,6 +205,7 @@ class Watcher:
                 continue
             self.log.calls += log.calls
             self.log.counts.update(log.counts)
+            self.log.per_token.update(log.per_token)
             for name, plain in log.plain.items():
                 self.log.plain[name] = self.log.plain.get(name, True) and plain
             return True
@@ -221,6 +224,8 @@ class Watcher:
                     spy = _linear_spy(name, module.forward, log, generator if substitute else None)
                 elif len(self.inner.get(name, ())) >= 2:
                     spy = _container_spy(name, module.forward, log)
+                elif counts_experts(module):
+                    spy = _experts_spy(name, module.forward, log)
                 else:
                     continue
                 stack.callback(_put_back, module, module.__dict__.get("forward"))
@@ -278,6 +283,22 @@ def _container_spy(name: str, forward: Any, log: Log) -> Any:
         plain = len(given) == 1 and isinstance(given[0], Tensor) and isinstance(y, Tensor)
         log.plain[name] = log.plain.get(name, True) and plain and len(args) == 1
         return y
+
+    return spy
+
+
+def counts_experts(module: nn.Module) -> bool:
+    """True for a module with an attribute such as ``num_experts``."""
+    return any("experts" in name for name in vars(module))
+
+
+def _experts_spy(name: str, forward: Any, log: Log) -> Any:
+    @functools.wraps(forward)
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() > 1:
+                log.per_token[name] = value.shape[-1]
+        return forward(*args, **kwargs)
 
     return spy
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sparingly.energy._grouped import grouped_mm
+
 __all__ = ["Call", "Cost", "Rule", "rule_for", "tensor_bytes"]
 
 
@@ -278,6 +280,7 @@ _PER_ELEMENT: dict[str, int] = {"addcmul": 2, "addcdiv": 2, "lerp": 2, "gelu_bac
 _RULES: dict[str, Rule] = {
     "mm": _matmul("self", "mat2"),
     "bmm": _matmul("self", "mat2"),
+    "_grouped_mm": lambda call: Cost(*grouped_mm(call.values)),
     "_int_mm": _matmul("self", "mat2"),
     "_scaled_mm": _matmul("self", "mat2"),
     "mv": _matmul("self", "vec"),

@@ -35,17 +35,18 @@ def by_output(layer: nn.Module) -> Tensor:
 
 
 def by_columns(weight: Tensor) -> bool:
-    """True for a matrix whose columns are contiguous in memory, and its rows are not."""
-    return not weight.is_contiguous() and weight.t().is_contiguous()
+    """True for a matrix, or several, whose columns are contiguous in memory, and its rows are not."""
+    return not weight.is_contiguous() and weight.mT.is_contiguous()
 
 
 @torch.no_grad()
 def lay_out(weight: Tensor, *, columns: bool) -> None:
-    """Turn the memory of a matrix, its values and shape staying: columns (or rows) become contiguous."""
-    wanted = weight.t() if columns else weight
+    """Turn the memory of a matrix, or of each of several [n, rows, columns], its values and shape staying: columns (or
+    rows) become contiguous."""
+    wanted = weight.mT if columns else weight
     if not wanted.is_contiguous():
         turned = wanted.contiguous()
-        weight.data = turned.t() if columns else turned
+        weight.data = turned.mT if columns else turned
 
 
 def overridden(layer: nn.Module) -> bool:

@@ -22,23 +22,24 @@ from sparingly.ops import threshold_accumulate
 from sparingly.selectors.threshold import Threshold
 
 
-class SelectiveLinear(Selective, nn.Linear):
-    """Stands in for a trained ``torch.nn.Linear`` (or transformers' ``Conv1D``) and shares its parameters.
-
-    Input channels that its selector does not keep count as zero. One token at a time, their weights are not read:
-    the weight keeps its shape and name, but one input channel is one contiguous row of its memory. Many tokens, or
-    gradients, take one dense product of the kept values: the same result to rounding, at the dense cost.
-
-    Made by :meth:`from_dense`; :meth:`dense` gives the original back.
-    """
+class SelectiveInputs(Selective):
+    """A trained linear layer of any class, whose parameters it shares; see :class:`SelectiveLinear`."""
 
     selector: Threshold
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    in_features: int
+    out_features: int
     transposed: bool
     _columns: bool
 
-    @classmethod
-    def from_dense(cls, layer: nn.Module, selector: Threshold) -> SelectiveLinear:
-        """Share the parameters of ``layer``, a ``torch.nn.Linear`` or ``Conv1D``, and turn the weight's memory."""
+    @staticmethod
+    def from_dense(layer: nn.Module, selector: Threshold) -> SelectiveInputs:
+        """Share the parameters of ``layer``, a ``torch.nn.Linear`` or ``Conv1D``, and turn the weight's memory.
+
+        What is made is an instance of the same one of the two: PEFT tells by that how a weight lies.
+        """
+        cls = _stand_in(layer)
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.in_features, new.out_features = _rows.sizes(layer)
@@ -56,7 +57,7 @@ class SelectiveLinear(Selective, nn.Linear):
 
     def dense(self) -> nn.Module:
         """The original layer with the parameters that stand here now."""
-        (original,) = self._original
+        original: Any = self._original[0]
         _rows.lay_out(self.weight, columns=self._columns)
         original.weight, original.bias = self.weight, self.bias
         _rows.share_hooks(self, original)
@@ -122,5 +123,27 @@ class SelectiveLinear(Selective, nn.Linear):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
-def _turn(layer: SelectiveLinear, _keys: Any) -> None:
+class SelectiveLinear(SelectiveInputs, nn.Linear):
+    """Stands in for a trained ``torch.nn.Linear`` and shares its parameters.
+
+    Input channels that its selector does not keep count as zero. One token at a time, their weights are not read:
+    the weight keeps its shape and name, but one input channel is one contiguous row of its memory. Many tokens, or
+    gradients, take one dense product of the kept values: the same result to rounding, at the dense cost.
+
+    Made by :meth:`from_dense`; :meth:`dense` gives the original back.
+    """
+
+
+def _stand_in(layer: nn.Module) -> type[SelectiveInputs]:
+    if isinstance(layer, nn.Linear):
+        return SelectiveLinear
+    if not _rows.transposed(layer):
+        raise TypeError(f"layer must be a torch.nn.Linear or transformers' Conv1D, got {type(layer).__name__}")
+    # Here, because transformers is optional; whoever has a Conv1D has it.
+    from sparingly.nn.conv1d import SelectiveConv1D
+
+    return SelectiveConv1D
+
+
+def _turn(layer: SelectiveInputs, _keys: Any) -> None:
     _rows.lay_out(layer.weight, columns=not layer.transposed)

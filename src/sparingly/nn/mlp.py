@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class SelectiveMLP(Selective):
             self.add_module(name, child)
         self._names = (up, gate, down)
         self._gate_first = gate_first
+        self._input = next(iter(inspect.signature(original.forward).parameters), "x")
         self._begin(original, selector)
         # A module that is not one of the children (shared, or ours) must not become one.
         self._activation = (activation,)
@@ -154,8 +156,21 @@ class SelectiveMLP(Selective):
         # Without a second cut all that run do so to the end.
         return self.fixed_bytes() + before * first + after * (second if self.gated and self.on_activation else first)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
+    def _fitted_to(self) -> tuple[Tensor, Tensor | None]:
+        up, gate, _ = self._names
+        first: Any = self._layer(gate or up)
+        return first.weight, first.bias
+
+    def _bank(self) -> tuple[Tensor, Tensor | None]:
+        gate, up = self._rows(self._layers())
+        return up if gate is None else gate
+
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        """x [..., in_features], by position or under the name that the original gives it -> [..., out_features]."""
+        if x is None and named.keys() == {self._input}:
+            (x,) = named.values()
+        elif x is None or named:
+            raise TypeError(f"forward takes one input, {self._input}, got {', '.join(named) or 'none'}")
         tokens = x.numel() // self._in_features
         idle = self._idle()
         if idle is not None:

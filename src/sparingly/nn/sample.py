@@ -69,27 +69,32 @@ def gather(
 
     A layer whose number of tokens is negative gets so many inputs without gradients; a layer that no call reached (an
     expert that no token went to) is left out. Selective layers have to answer densely meanwhile.
+
+    Of a layer that needs more than its first argument, the inputs are what its ``observed(inputs, named)`` gives: one
+    row for each row of its output, and which of them are worth keeping (int64), or None for all.
     """
     generator = torch.Generator().manual_seed(0)
     kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
     calls = list(calls)
-    # Gradients take most of the time: a few calls are enough for them, all calls for inputs alone.
-    some = calls[:: max(1, len(calls) // GRADIENT_CALLS)][:GRADIENT_CALLS]
     shallow = {name: layer for name, layer in layers.items() if tokens[name] < 0}
     deep = {name: layer for name, layer in layers.items() if tokens[name] >= 0}
+    # Gradients take most of the time: a few calls are enough for them, all calls for inputs alone.
+    some = range(0, len(calls), max(1, len(calls) // GRADIENT_CALLS))[:GRADIENT_CALLS] if deep else range(0)
+    rest = [place for place in range(len(calls)) if place not in some] if shallow else []
 
     def watch(name: str, layer: nn.Module, among: int) -> Any:
         share = max(1, -(-abs(tokens[name]) // max(1, among)))
+        observed = getattr(layer, "observed", _first_input)
 
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
-            x = (inputs[0] if inputs else next(iter(named.values()))).detach()
-            flat = x.reshape(-1, x.shape[-1])
-            places = _places(flat.shape[0], share)
+            flat, useful = observed(inputs, named)
+            places = _places(flat.shape[0] if useful is None else useful.shape[0], share)
+            places = places if useful is None else useful[places.to(useful.device)]
             if tokens[name] < 0:
                 kept[name].append((flat[places].float(), flat.new_empty(0)))
                 return output
-            # A leaf of the graph even where nothing before it needs a gradient.
-            output = output if output.requires_grad else output.detach().requires_grad_()
+            # A gradient arrives even where nothing before it needs one; a leaf itself must not be changed in place.
+            output = output if output.requires_grad else output.detach().requires_grad_().clone()
 
             def arrived(gradient: Tensor) -> None:
                 rows = gradient.reshape(-1, gradient.shape[-1])[places].float()
@@ -101,15 +106,15 @@ def gather(
         return layer.register_forward_hook(hook, with_kwargs=True)
 
     with frozen(model):
-        for chosen, runs, gradients in ((shallow, calls, False), (deep, some, True)):
-            if not chosen:
-                continue
-            handles = [watch(name, layer, len(runs)) for name, layer in chosen.items()]
+        for watched, places, gradients in ((layers, some, True), (shallow, rest, False)):
+            handles = [
+                watch(name, layer, len(calls) if name in shallow else len(some)) for name, layer in watched.items()
+            ]
             try:
                 # Inside inference mode no gradient would be recorded.
                 with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-                    for call in runs:
-                        output = call()
+                    for place in places:
+                        output = calls[place]()
                         if gradients:
                             probe_loss(output, generator).backward()
             finally:
@@ -120,6 +125,11 @@ def gather(
         for name, parts in kept.items()
         if parts
     }
+
+
+def _first_input(inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> tuple[Tensor, None]:
+    x = (inputs[0] if inputs else next(iter(named.values()))).detach()
+    return x.reshape(-1, x.shape[-1]), None
 
 
 def _places(count: int, wanted: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparingly.nn.sample import Option, Sample
-from sparingly.nn.selective import GRADIENTS, OFF, UNFITTED, Selective, needs_gradient
+from sparingly.nn.selective import GRADIENTS, OFF, STALE, UNFITTED, Selective, needs_gradient
 from sparingly.ops._views import LIKE
 from sparingly.selectors.screen import Fitted, Screen, screen_states
 
@@ -28,8 +28,8 @@ class ScreenHead(Selective, nn.Linear):
     The parameters are those of the layer, the same objects: a weight that is tied to an embedding stays tied.
 
     One dense product runs instead, and is counted with its reason in ``why_dense``, where gradients are recorded,
-    before :meth:`Screen.fit`, and for tensors that the compiled screen does not take. However many tokens come at
-    once, each is screened: on the CPU that stays cheaper than the dense product.
+    before :meth:`Screen.fit`, once the weights are other ones than then, and for tensors that the compiled screen does
+    not take. However many tokens come at once, each is screened: on the CPU that stays cheaper than the dense product.
 
     Attributes:
         always: screen on every device and dtype, in PyTorch where there is no compiled screen; same results.
@@ -78,7 +78,10 @@ class ScreenHead(Selective, nn.Linear):
 
     def fixed_bytes(self) -> int:
         """Bytes of the screen: all of it is read for each token."""
-        return sum(buffer.nbytes for buffer in self.selector.buffers()) if self.selector.fitted else 0
+        return sum(part.nbytes for part in self.selector.parts()) if self.selector.fitted else 0
+
+    def _fitted_to(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
 
     @torch.no_grad()
     def fit(self, sample: Sample) -> list[Option]:
@@ -91,20 +94,23 @@ class ScreenHead(Selective, nn.Linear):
         inputs = sample.inputs
         held_out = torch.arange(inputs.shape[0], device=inputs.device) % HELD_OUT == HELD_OUT - 1
         self.selector.fit(self.weight, self.bias, inputs[~held_out])
-        test = (inputs[held_out] if held_out.any() else inputs)[:MEASURED_TOKENS].to(self.weight.dtype)
-        exact = F.linear(test, self.weight, self.bias).float().log_softmax(dim=1)
+        # Screens do not take float16 inputs; its weights they do.
+        weight = self.weight.float() if self.weight.dtype == torch.float16 else self.weight
+        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        test = (inputs[held_out] if held_out.any() else inputs)[:MEASURED_TOKENS].to(weight.dtype)
+        exact = F.linear(test, weight, bias).float().log_softmax(dim=1)
 
         def cost(setting: int) -> tuple[float, float, float]:
-            screened = self.selector.logits(test, self.weight, self.bias).float().log_softmax(dim=1)
+            screened = self.selector.logits(test, weight, bias).float().log_softmax(dim=1)
             loss = F.kl_div(screened, exact, reduction="batchmean", log_target=True)
             kept = min(setting, self.num_units)
             return float(loss), kept, kept
 
         return self._options(cost)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [..., in_features] -> logits [..., out_features] in the dtype of hidden."""
-        selector, tokens = self.selector, hidden.numel() // self.in_features
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in_features], hidden states -> logits [..., out_features] in their dtype."""
+        hidden, selector, tokens = input, self.selector, input.numel() // self.in_features
         reason = self._why_dense(hidden)
         if reason is not None:
             self._note(reason, tokens)
@@ -126,13 +132,15 @@ class ScreenHead(Selective, nn.Linear):
         ran[1] += units
 
     def _why_dense(self, hidden: Tensor) -> str | None:
-        weight = self.weight
+        weight, bias, selector = self.weight, self.bias, self.selector
         if self.off:
             return OFF
-        if needs_gradient(hidden, weight, self.bias):
+        if needs_gradient(hidden, weight, bias):
             return GRADIENTS
-        if not self.selector.fitted_shape:
+        if not selector.fitted_shape:
             return UNFITTED
+        if not self._fit_holds(selector, weight, bias):
+            return STALE
         if self.always:
             return None
         if not (hidden.is_cpu and weight.is_cpu):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from itertools import cycle
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparingly.nn.sample import Option, Sample
+from sparingly.ops._arrays import as_numpy
 from sparingly.selectors import Selector
+from sparingly.selectors._weights import WeightFit
 from sparingly.selectors.threshold import Threshold
 
 OFF = "selection is switched off"
 UNFITTED = "not calibrated: every unit runs"
+STALE = "weights changed since the selector was fitted to them, calibrate again: every unit runs"
 GRADIENTS = "gradients are recorded: one dense product of the selected values"
 MANY = "many tokens at once use nearly every unit: one dense product of the selected values"
 
@@ -49,8 +54,8 @@ class Selective(nn.Module):
         self.register_buffer("ran", torch.zeros(4, dtype=torch.int64), persistent=False)
         self.why_dense: dict[str, int] = {}
         self.off = False
-        self._made: dict[str, tuple[object, Any, object]] = {}
-        self._doubted: set[str] = set()
+        self._made: dict[str, _Kept] = {}
+        self._holds = True
 
     @property
     def num_units(self) -> int:
@@ -85,7 +90,39 @@ class Selective(nn.Module):
         """Why nothing is selected at all, or None."""
         if self.off:
             return OFF
-        return None if self.selector.fitted else UNFITTED
+        selector = self.selector
+        if not selector.fitted:
+            return UNFITTED
+        holds = not isinstance(selector, WeightFit) or self._fit_holds(selector, *self._fitted_to())
+        return None if holds else STALE
+
+    def _fitted_to(self) -> tuple[Tensor, Tensor | None]:
+        """Of a layer with a :class:`WeightFit`: the parameters that hold the rows and biases of :meth:`_bank`."""
+        raise NotImplementedError
+
+    def _bank(self) -> tuple[Tensor, Tensor | None]:
+        """The units' rows and biases as such a selector is fitted to them."""
+        return self._fitted_to()
+
+    def _fit_holds(self, selector: WeightFit, weight: Tensor, bias: Tensor | None) -> bool:
+        """False if the selector was fitted to other weights than today's; they are read after a change only.
+
+        A step of training goes by the last fit: what is selected stays while the weights learn to do with it.
+        """
+        if torch.compiler.is_compiling():
+            return self._holds  # As known when it was compiled: a graph holds no question about weights.
+        if weight.is_meta or (torch.is_grad_enabled() and weight.requires_grad and self._trains(weight)):
+            return True
+        # Past the look-up of attributes by name, and of those that are set: together half of the time.
+        fit = selector._buffers["fitted_to"]
+        found = self._kept("holds", lambda: selector.holds_for(*self._bank()), weight, bias, fit)
+        if found is not self._holds:
+            self._holds = found
+        return found
+
+    def _trains(self, weight: Tensor) -> bool:
+        # torch.func.functional_call puts tensors that are no parameters in their place.
+        return self.training or not isinstance(weight, nn.Parameter)
 
     def bytes_read(self, first: float, second: float) -> float:
         """Bytes of weights for a token of which ``first`` units run, ``second`` of them to the end (a second cut)."""
@@ -94,20 +131,17 @@ class Selective(nn.Module):
     def _kept(self, name: str, make: Callable[[], Any], *sources: Tensor | None) -> Any:
         """What ``make`` gives, kept until one of the tensors that it is made from changes.
 
-        PyTorch does not count changes through ``.data`` (peft merges adapters so): after every dense product a sample
-        of the values is looked at too.
+        PyTorch does not count changes through ``.data``, by which PEFT merges adapters: each call therefore looks at
+        one more value of each tensor too. Such a change of few values may pass unseen; :meth:`reset` forgets all.
         """
         found = self._made.get(name)
         if torch.compiler.is_compiling():
-            return make() if found is None else found[1]  # What was made before is a constant of the graph.
+            return make() if found is None else found.value  # What was made before is a constant of the graph.
         mark = tuple([None if source is None else _mark(source) for source in sources])
-        if found is not None and name in self._doubted and found[2] != _looks(sources):
-            found = None
-        if found is None or found[0] != mark:
+        if found is None or found.mark != mark or not found.same():
             with torch.no_grad():
-                found = self._made[name] = (mark, make(), _looks(sources))
-        self._doubted.discard(name)
-        return found[1]
+                found = self._made[name] = _Kept(mark, make(), _looks(sources))
+        return found.value
 
     def _options(self, cost: Callable[[int], tuple[float, float, float]]) -> list[Option]:
         """What each of the selector's settings costs, cheapest first; its own stays, and is alone if there are none.
@@ -131,25 +165,67 @@ class Selective(nn.Module):
         """Forget what ran."""
         self.ran.zero_()
         self.why_dense.clear()
-        self._doubted.update(self._made)
+        self._made.clear()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A state of the dense network holds nothing of the selector: it then stays, also where all keys must fit."""
+        ours = f"{prefix}selector."
+        if not any(name.startswith(ours) for name in state_dict):
+            state_dict.update(self.selector.state_dict(prefix=ours))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Selective:
+        # What was made looks into memory that is left now.
+        self._made.clear()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_made": {}}
 
     def _note(self, reason: str, tokens: int) -> None:
         if torch.compiler.is_compiling():
             return
-        self._doubted.update(self._made)
         self.why_dense[reason] = self.why_dense.get(reason, 0) + tokens
         self.ran[2] += tokens
 
 
+_Look = tuple[Callable[[], Any], Any]
+"""How to read one value of a tensor, and what it was."""
+
+LOOKS = 16
+"""So many values of each tensor are looked at in turn."""
+
+
+class _Kept(NamedTuple):
+    mark: tuple[tuple[int, int] | None, ...]
+    value: Any
+    looks: Iterator[tuple[_Look, ...]]
+
+    def same(self) -> bool:
+        """Whether the next value of each tensor is what it was."""
+        return all([read() == bits for read, bits in next(self.looks)])
+
+
 def _mark(tensor: Tensor) -> tuple[int, int]:
     """Where a tensor's values lie and how often they were changed; tensors of inference mode do not count that."""
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+    try:
+        return tensor.data_ptr(), tensor._version
+    except RuntimeError:
+        return tensor.data_ptr(), -1
 
 
-def _looks(sources: tuple[Tensor | None, ...]) -> list[Any]:
-    """Up to some eighty values of each tensor, evenly spread."""
-    given = [source for source in sources if source is not None]
-    return [source[tuple(slice(None, None, max(1, size // 8)) for size in source.shape)].tolist() for source in given]
+def _looks(sources: tuple[Tensor | None, ...]) -> Iterator[tuple[_Look, ...]]:
+    """Rounds without end that hold one value of each tensor that lies in the processor's memory; 0.1 us for each."""
+    given = [one for one in sources if one is not None and one.is_cpu and one.numel()]
+    return cycle([tuple([_look(one, number) for one in given]) for number in range(LOOKS)])
+
+
+def _look(tensor: Tensor, number: int) -> _Look:
+    bits = as_numpy(tensor).view(f"u{tensor.element_size()}")  # NaN differs from itself, its bits do not.
+    # Parts of the golden section fall into every row and column, however many of them are taken.
+    place = np.unravel_index(int(number * 0.618033988749895 % 1 * bits.size), bits.shape)
+    read = bits[(*place, ...)].item
+    return read, read()
 
 
 def lost(contributions: Tensor, kept: Tensor) -> float:
@@ -185,10 +261,22 @@ def threshold_options(layer: Selective, values: Tensor, factor: Tensor | None, m
     """
     selector = layer.selector
     assert isinstance(selector, Threshold)
+    if not selector.quantiles.numel():
+        return level_options(layer, (values, values), values * moved, lambda: selector.keeps(values))
+    contributions = (values - selector.middles) * moved
+    return level_options(layer, selector.sizes(values, factor), contributions, lambda: selector.keeps(values))
+
+
+def level_options(
+    layer: Selective, sizes: tuple[Tensor, Tensor], contributions: Tensor, kept: Callable[[], Tensor]
+) -> list[Option]:
+    """As :func:`threshold_options`, of sizes [tokens, units] that both cuts go by, what units contribute to the loss
+    [tokens, units], and which units are kept at the setting that stands, for a threshold that was given."""
+    selector = layer.selector
+    assert isinstance(selector, Threshold)
     known: dict[int, tuple[float, float, float]] = {}
     if selector.quantiles.numel():
-        sizes, middle = selector.sizes(values, factor), selector.middles
-        sums, runs = _by_level(sizes, selector.levels(), (values - middle) * moved)
+        sums, runs = _by_level(sizes, selector.levels(), contributions)
         known = dict(zip(reversed(selector.settings()), zip(sums, *runs, strict=True), strict=True))
         # At 100 % nothing is cut, not even what is as small as the smallest.
         del known[100]
@@ -196,9 +284,9 @@ def threshold_options(layer: Selective, values: Tensor, factor: Tensor | None, m
     def cost(setting: int) -> tuple[float, float, float]:
         if setting in known:
             return known[setting]
-        kept = selector.keeps(values)
-        count = float(kept.sum(dim=1).float().mean())
-        return lost(selector.centred(values) * moved, kept), count, count
+        keeps = kept()
+        count = float(keeps.sum(dim=1).float().mean())
+        return lost(contributions, keeps), count, count
 
     return layer._options(cost)
 
@@ -217,10 +305,13 @@ def selective_modules(model: nn.Module) -> dict[str, Selective]:
 
 
 def needed_layers(model: nn.Module) -> dict[str, Selective]:
-    """:func:`selective_modules`; raises ValueError if there are none."""
+    """:func:`selective_modules`; raises ValueError if there are none, or if they have no values."""
     layers = selective_modules(model)
     if not layers:
         raise ValueError("the model has no selective layers: call sparingly.convert_(model) first")
+    empty = next((name for name, layer in layers.items() if layer.ran.is_meta), None)
+    if empty is not None:
+        raise ValueError(f"{empty!r} is on the meta device: move the model to another one and load its weights first")
     return layers
 
 

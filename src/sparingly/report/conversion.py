@@ -10,6 +10,8 @@ from sparingly.report.result import RULERS, Interval, Workload
 from sparingly.report.text import percent, percent_interval, times, times_interval
 
 PRECISIONS = {"saving": "fp32", "saving_bf16": "bf16", "saving_int8": "int8"}
+JOBS = {"decode": "", "batch_1": "one at a time, ", "best_batch": "best batches, ", "description": "one long text, "}
+"""Keys of ``inference`` and what stands before their precision: for one decoded token, or one text of an encoder."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,15 @@ def is_conversion(workload: Workload) -> bool:
 
 
 def savings(workload: Workload) -> Iterator[tuple[str, dict[str, Interval]]]:
-    """(precision, ruler -> dense cost ÷ selective cost) for one decoded token, or one answer of an encoder."""
+    """(job and precision, ruler -> dense cost ÷ selective cost), see :data:`JOBS`."""
     inference = workload.raw.get("inference") or {}
-    for key, precision in PRECISIONS.items():
-        raw = (inference.get("decode") or inference.get("batch_1") or {}).get(key) or {}
-        found = {ruler: Interval.of(raw.get(ruler)) for ruler in RULERS}
-        present = {ruler: interval for ruler, interval in found.items() if interval is not None}
-        if present:
-            yield precision, present
+    for job, words in JOBS.items():
+        for key, precision in PRECISIONS.items():
+            raw = (inference.get(job) or {}).get(key) or {}
+            found = {ruler: Interval.of(raw.get(ruler)) for ruler in RULERS}
+            present = {ruler: interval for ruler, interval in found.items() if interval is not None}
+            if present:
+                yield words + precision, present
 
 
 def headline(workload: Workload) -> str:
@@ -50,6 +53,8 @@ def headline(workload: Workload) -> str:
     if not found:
         return "The contract holds; no saving was measured."
     value, ruler, precision = min(found)
+    if value < 1:
+        return f"No saving: {times(value)} is the smallest ratio of dense to selective cost ({precision}, {ruler})"
     return f"{times(value)} is the smallest saving ({precision}, {ruler}) under the contract"
 
 
@@ -72,6 +77,10 @@ def losses(workload: Workload) -> list[str]:
         for ruler, interval in rulers.items()
         if interval.bounds[0] <= 1
     ]
+    inference = workload.raw.get("inference") or {}
+    dense = [words for job, words in JOBS.items() if (inference.get(job) or {}).get("runs") == "dense"]
+    if dense:
+        found.append(f"{''.join(dense)}the dense network should go on: selection costs as much there, or more")
     drop = Interval.of((workload.raw.get("quality") or {}).get("drop"))
     limit = workload.raw["contract"].get("max_drop")
     if drop is not None and limit is not None and drop.value > limit:
@@ -79,10 +88,15 @@ def losses(workload: Workload) -> list[str]:
     return found
 
 
-def tables(workload: Workload) -> list[Table]:
-    """Everything that was measured; parts that are absent are left out."""
-    made = (_quality(workload), _savings(workload), _head(workload), _controls(workload), _layers(workload))
+def summary(workload: Workload) -> list[Table]:
+    """What the README shows; parts that were not measured are left out."""
+    made = (part(workload) for part in (_quality, _savings, _recovered, _head))
     return [table for table in made if table.rows]
+
+
+def tables(workload: Workload) -> list[Table]:
+    """Everything that was measured."""
+    return summary(workload) + [table for table in (_controls(workload), _layers(workload)) if table.rows]
 
 
 def _quality(workload: Workload) -> Table:
@@ -121,6 +135,20 @@ def _savings(workload: Workload) -> Table:
         rows.append((precision, times(min(i.value for i in rulers.values())), *cells))
     heads = ("both", "smallest", *(RULERS[ruler] for ruler in present))
     return Table("One answer: cost of the dense network ÷ cost of the selective one", heads, tuple(rows))
+
+
+def _recovered(workload: Workload) -> Table:
+    """What a short distillation made possible under the same contract."""
+    found = workload.raw.get("recovered") or {}
+    rows = []
+    if found:
+        lost = percent_interval(Interval(**found["quality"]["drop"]))
+        bound = found["contract"]["upper"]
+        kept = "the network stays dense" if bound is None else f"at most {percent(bound)} lost"
+        rows.append((kept, lost, *(times(found["saving"][ruler]) for ruler in ("macs", "bytes"))))
+    spent = f"{found.get('training_cpu_s', 0) / 60:.0f} processor-minutes, {found.get('tokens', 0):,} tokens"
+    heads = ("calibrated", "lost on held-out text, 95 %", RULERS["macs"], RULERS["bytes"])
+    return Table(f"After recovery ({spent}), fp32, one decoded token", heads, tuple(rows))
 
 
 def _head(workload: Workload) -> Table:

@@ -61,7 +61,7 @@ def converted(reports: Sequence[Report]) -> str:
     """What a converted network lost and saved: the contract, quality, costs, the output layer, losses, provenance."""
     report, workload = _find(reports, converted=True)
     lines = [f"{workload.title}: {conversion.contract(workload)}. {conversion.headline(workload)}.", ""]
-    for made in conversion.tables(workload)[:3]:
+    for made in conversion.summary(workload):
         rows = [(made.caption, *made.heads[1:]), ("---", *["---:"] * (len(made.heads) - 1)), *made.rows]
         lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
     lost = conversion.losses(workload)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from sparingly.selection import Selection
+from sparingly.selectors._weights import WeightFit
 from sparingly.selectors.base import check_bank
-from sparingly.selectors.threshold import SETTINGS, Float32Fit
+from sparingly.selectors.threshold import SETTINGS
 
 _RIDGE = 1e-4
 
 
-class LowRank(Float32Fit):
+class LowRank(WeightFit):
     """The units whose guessed activation is largest, a fixed share of them for each token.
 
     The guess is a regression of rank ``rank`` of the units' pre-activations on the input. They are a linear function
@@ -43,15 +44,26 @@ class LowRank(Float32Fit):
 
     def __init__(self, rank: int = 32):
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}")
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank must be a whole number from 1, got {rank!r}")
         self.rank = rank
-        self.setting = 100
+        self._setting = 100
         # [in_features, rank], [rank, num_units], [num_units], [num_units]
         for name, shape in (("inward", (0, 0)), ("outward", (0, 0)), ("offset", (0,)), ("importance", (0,))):
             self.register_buffer(name, torch.empty(shape))
         # In a tuple: a module of the network must not become a part of its selector too.
         self._activation: tuple[Callable[[Tensor], Tensor] | None] = (None,)
+
+    @property
+    def setting(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Percentage of units that run, 0..100; at least one does."""
+        return self._setting
+
+    @setting.setter
+    def setting(self, percent: int) -> None:
+        if not isinstance(percent, int) or not 0 <= percent <= 100:
+            raise ValueError(f"setting must be a percentage in 0..100, got {percent!r}")
+        self._setting = percent
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor] | None:
@@ -111,6 +123,7 @@ class LowRank(Float32Fit):
         self.offset = self.outward.new_zeros(units) if bias is None else bias.detach().float().clone()
         self.importance = factors
         self.rank_by(activation)
+        self.remember(bank, bias)
         self.num_units = units
 
     def select(self, hidden: Tensor) -> Selection:

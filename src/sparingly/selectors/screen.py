@@ -15,13 +15,14 @@ from sparingly.ops._threads import run_chunks
 from sparingly.ops._views import LIKE
 from sparingly.selection import Selection
 from sparingly.selectors._screen import BLOCK, GROUP, ZERO, screen
+from sparingly.selectors._weights import WeightFit
 from sparingly.selectors.base import Selector, check_bank
 
 REFERENCE_ELEMENTS = 16 * 1024 * 1024
 """Scores, and gathered rows, that the reference holds at once."""
 
 
-class Screen(Selector):
+class Screen(WeightFit):
     """A low-rank int8 score of every unit, then exact scores of the best ``keep`` from the bank's own rows.
 
     Every unit is a code of ``rank`` bytes that are read in order, which a processor does at its best speed: it pays
@@ -61,16 +62,23 @@ class Screen(Selector):
 
     def __init__(self, rank: int = 128, keep: int = 512):
         super().__init__()
-        if rank < GROUP or rank % GROUP:
-            raise ValueError(f"rank must be a positive multiple of {GROUP}, got {rank}")
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
-        self.rank, self.setting = rank, keep
+        if not isinstance(rank, int) or rank < GROUP or rank % GROUP:
+            raise ValueError(f"rank must be a positive multiple of {GROUP}, got {rank!r}")
+        self.rank, self._setting = rank, _count("keep", keep)
         self.register_buffer("projection", torch.empty(0, 0))
         self.register_buffer("offset", torch.empty(0))
         self.register_buffer("codes", torch.empty(0, rank // GROUP, BLOCK, GROUP, dtype=torch.uint8))
         self.register_buffer("shift", torch.empty(0))
         self._arrays: tuple[Any, tuple[Any, ...]] | None = None
+
+    @property
+    def setting(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """How many units get exact scores, at least 1."""
+        return self._setting
+
+    @setting.setter
+    def setting(self, keep: int) -> None:
+        self._setting = _count("setting", keep)
 
     def config(self) -> dict[str, Any]:
         """``rank``, ``keep`` and ``setting``."""
@@ -103,6 +111,7 @@ class Screen(Selector):
         for name, value in fitted._asdict().items():
             setattr(self, name, value.to(bank.device))
         self._arrays = None
+        self.remember(bank.detach(), bias)
         self.num_units = rows.shape[0]
 
     def select(self, hidden: Tensor) -> Selection:
@@ -135,7 +144,7 @@ class Screen(Selector):
     ) -> Screened:
         if not self.fitted_shape:
             self.check_fitted()
-        fitted = self._fit()
+        fitted = self.parts()
         check_matrix("hidden", hidden, fitted.projection.shape[1])
         units = fitted.shift.shape[0]
         if bank.shape[0] != units:
@@ -149,7 +158,8 @@ class Screen(Selector):
             self._record(hidden, bank, (scale, bias), keep)
         return found
 
-    def _fit(self) -> Fitted:
+    def parts(self) -> Fitted:
+        """What is read for each token."""
         # Past the module's look-up by name, which takes 0.5 us for each.
         return Fitted(*[self._buffers[name] for name in Fitted._fields])  # pyright: ignore[reportArgumentType]
 
@@ -181,14 +191,8 @@ class Screen(Selector):
         )
         record_rows("screen_exact", tokens * keep, bank, *vectors, read=(), written=())
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Screen:
-        """As a module does, but what scores are made of stays float32: it is small."""
-        before = {name: getattr(self, name) for name in ("projection", "offset", "shift")}
+    def _apply(self, fn: Any, recurse: bool = True) -> Selector:
         super()._apply(fn, recurse)
-        for name, value in before.items():
-            now = getattr(self, name)
-            if now.dtype != torch.float32:
-                setattr(self, name, value.to(now.device))
         self._arrays = None
         return self
 
@@ -198,6 +202,12 @@ class Screen(Selector):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_arrays": None}
+
+
+def _count(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+    return value
 
 
 class Screened(NamedTuple):

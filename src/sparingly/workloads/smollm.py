@@ -19,40 +19,49 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparingly.calibrate import calibrate
+from sparingly.calibrate import apply, calibrate, fit_selectors, path
+from sparingly.contract import Contract
 from sparingly.convert import convert_, restore_
 from sparingly.energy import count
 from sparingly.explain import explain
 from sparingly.metrics import perplexity
-from sparingly.nn.selective import reset
+from sparingly.nn.selective import needed_layers, reset
+from sparingly.recover import recover
 from sparingly.selectors import LowRank, Random, Screen, Selector, Threshold
 from sparingly.store import load, save
 from sparingly.workloads import smollm_data as data
 from sparingly.workloads._decoders import Decoder
 from sparingly.workloads._engines import best_engine, dense_engines
 from sparingly.workloads._parts import Say, cache_folder, document, parts_of
+from sparingly.workloads._planned import PlannedDecoder
 from sparingly.workloads._shares import share
 
 TITLE = "SmolLM2-135M, converted without training"
-MAX_DROP, CONFIDENCE = 0.01, 0.95
+CONFIDENCE = 0.95
+RECOVERY_WINDOWS, RECOVERY_LOSS, RECOVERY_RATE = 400, 0.02, 1e-4
+"""Of each kind of text; the estimated loss at which is trained, in nats per token; and the learning rate."""
 
 
 @dataclass(frozen=True)
 class Mode:
-    """How much is done: calibration and held-out windows of each kind of text, their length, prompts, timing rounds."""
+    """How much is done: calibration and held-out windows of each kind of text, their length, prompts, timing rounds,
+    processor-minutes of recovery; and the contract."""
 
     name: str
+    max_drop: float
     calibration: int
     held_out: int
     length: int
     prompts: int
     rounds: int
+    minutes: int
 
 
 MODES = {
-    "quick": Mode("quick", 64, 10, 96, 2, 4),
-    "default": Mode("default", 64, 40, 256, 12, 8),
-    "full": Mode("full", 200, 120, 256, 24, 12),
+    # So few words cannot show that one per cent is kept.
+    "quick": Mode("quick", 0.05, 26, 6, 64, 2, 3, 0),
+    "default": Mode("default", 0.01, 64, 40, 256, 12, 8, 0),
+    "full": Mode("full", 0.01, 200, 120, 256, 24, 12, 29),
 }
 
 
@@ -83,20 +92,23 @@ class SmolLM:
 
     def convert(self) -> dict[str, Any]:
         """Convert, calibrate on both kinds of text, save."""
-        self.say("reading text", None)
-        both = [self.windows("calibration", kind, self.mode.calibration) for kind in data.KINDS]
-        # In turns, so that every fourth batch, which fits selectors, holds as much of each.
-        examples = torch.stack(both, dim=1).flatten(0, 1)
         model = copy.deepcopy(self.dense)
         start = time.process_time()
         convert_(model)
-        contract = calibrate(
-            model, examples, perplexity, MAX_DROP, CONFIDENCE,
-            progress=lambda what, part: self.say(f"making it selective: {what}", part),
-        )  # fmt: skip
+        contract = self._calibrate(model, "making it selective")
         spent = time.process_time() - start
         save(model, self.folder)
         return {"contract": contract.as_dict(), "cpu_s": spent}
+
+    def _calibrate(self, model: nn.Module, what: str) -> Contract:
+        """On both kinds of text, against the network from the package."""
+        self.say("reading text", None)
+        both = [self.windows("calibration", kind, self.mode.calibration) for kind in data.KINDS]
+        # In turns, so that every fourth batch, which fits selectors, holds as much of each.
+        return calibrate(
+            model, torch.stack(both, dim=1).flatten(0, 1), perplexity, self.mode.max_drop, CONFIDENCE,
+            against=self.dense, progress=lambda step, part: self.say(f"{what}: {step}", part),
+        )  # fmt: skip
 
     def quality(self) -> dict[str, Any]:
         """Perplexity of both networks on held-out windows, and how often their best next token is the same."""
@@ -145,8 +157,6 @@ class SmolLM:
 
     def decoder(self, precision: str = "fp32") -> Decoder:
         """The selective network's decoder: one compiled call a layer."""
-        from sparingly.workloads._planned import PlannedDecoder
-
         model = self.selective if precision == "fp32" else copy.deepcopy(self.selective).to(torch.bfloat16)
         return PlannedDecoder(model, precision)
 
@@ -170,6 +180,34 @@ class SmolLM:
             result[f"engine{suffix}"] = f"{dense!r}, 1 thread"
         return result
 
+    def recovered(self) -> dict[str, Any]:
+        """Distilled towards the dense answers while more is left out than the contract allows, then calibrated anew:
+        perplexity on held-out windows, bytes for one decoded token."""
+        folder = self.folder.with_name(f"{self.folder.name}-recovered")
+        fit = torch.stack([self.windows("fit", kind, RECOVERY_WINDOWS) for kind in data.KINDS], dim=1).flatten(0, 1)
+        model = copy.deepcopy(self.dense)
+        convert_(model)
+        self.say("recovery: fitting selectors", None)
+        options = fit_selectors(model, list(fit[:32].split(4)))
+        apply(needed_layers(model), path(options, [RECOVERY_LOSS])[0])
+        self.say("recovery: training", None)
+        done = recover(model, fit[32:], lr=RECOVERY_RATE, minutes=self.mode.minutes, folder=self.parts.folder)
+        contract = self._calibrate(model, "recovery")
+        save(model, folder)
+        drops = []
+        for kind in data.KINDS:
+            ids = self.windows("held_out", kind, self.mode.held_out)
+            drops.append([self._losses(net, ids, lambda _: None)[0] for net in (self.dense, model)])
+        ids = self.windows("held_out", "prose", 1)[0].tolist()
+        ledgers = [_ledger(engine, ids) for engine in (Decoder(self.dense), PlannedDecoder(model, "fp32"))]
+        return {
+            "contract": contract.as_dict(),
+            "training_cpu_s": done.cpu_s,
+            "tokens": done.examples * self.mode.length,
+            "quality": _perplexities(*(torch.cat(side) for side in zip(*drops, strict=True))),
+            "saving": {name: getattr(ledgers[0], name) / getattr(ledgers[1], name) for name in ("macs", "bytes")},
+        }
+
     def layers(self) -> list[dict[str, Any]]:
         """What each selective layer did while one held-out window was decoded."""
         reset(self.selective)
@@ -184,7 +222,8 @@ class SmolLM:
     def head(self) -> dict[str, Any]:
         """The output layer alone: how often its best class is the exact one, and dense ÷ selective processor time."""
         self.say("the output layer alone", None)
-        states = self._states("calibration", 24), self._states("held_out", 24)
+        n = min(24, self.mode.held_out)
+        states = self._states("calibration", n), self._states("held_out", n)
         layer = self.dense.get_output_embeddings()
         best = layer(states[1]).argmax(1)
         engines = dense_engines(layer, "fp32")
@@ -248,8 +287,9 @@ class SmolLM:
             "calibration_cpu_s": made["cpu_s"],
             "inference": {"decode": part("decode", self.decode)},
             "head": part("head", self.head),
-            "controls": part("controls", self.controls),
             "layers": part("layers", self.layers),
+            **({"controls": part("controls", self.controls)} if self.mode.name != "quick" else {}),
+            **({"recovered": part("recovered", self.recovered)} if self.mode.minutes else {}),
         }
 
 
@@ -267,11 +307,8 @@ def _perplexities(dense: Tensor, own: Tensor) -> dict[str, Any]:
 
 def _fit(model: nn.Module, ids: Tensor, setting: int) -> None:
     """Fit the selectors of a converted model to windows, and give them one setting."""
-    from sparingly.calibrate import fit_selectors
-    from sparingly.nn.selective import selective_modules
-
     fit_selectors(model, list(ids.split(4)))
-    for layer in selective_modules(model).values():
+    for layer in needed_layers(model).values():
         if layer.selector.settings():
             layer.selector.setting = setting
 
