@@ -37,7 +37,8 @@ _LANES = 16
 
 
 def _dot4(builder, fast, total, codes, query):
-    """total <16 x i32> + sums over groups of four of codes <64 x i8> unsigned * query <64 x i8> signed."""
+    """total + sums of codes <64 x i8> unsigned * query <64 x i8> signed: <16 x i32> over groups of four if ``fast``,
+    else <32 x i32> over pairs."""
     i32s = ir.VectorType(ir.IntType(32), _LANES)
     if fast:
         signature = ir.FunctionType(i32s, [i32s, i32s, i32s])
@@ -45,16 +46,15 @@ def _dot4(builder, fast, total, codes, query):
         function = builder.module.globals.get(name) or ir.Function(builder.module, signature, name)
         return builder.call(function, [total, builder.bitcast(codes, i32s), builder.bitcast(query, i32s)])
     wide = ir.VectorType(ir.IntType(32), 64)
-    products = builder.mul(builder.zext(codes, wide), builder.sext(query, wide))
-    # Pairs, and pairs of those: the pattern that becomes one instruction (pmaddwd) on older x86 processors.
-    for size in (32, 16):
-        even, odd = (
-            ir.Constant(ir.VectorType(ir.IntType(32), size), list(range(first, 2 * size, 2))) for first in (0, 1)
-        )
-        products = builder.add(
-            builder.shuffle_vector(products, products, even), builder.shuffle_vector(products, products, odd)
-        )
-    return builder.add(total, products)
+    # The pattern that becomes one instruction (pmaddwd) on older x86 processors.
+    return builder.add(total, _pairs(builder, builder.mul(builder.zext(codes, wide), builder.sext(query, wide))))
+
+
+def _pairs(builder, values):
+    """Sums of neighbours, a vector half as long."""
+    half = values.type.count // 2
+    even, odd = (ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(first, 2 * half, 2))) for first in (0, 1))
+    return builder.add(builder.shuffle_vector(values, values, even), builder.shuffle_vector(values, values, odd))
 
 
 def _loop(builder, count, sums, step):
@@ -94,24 +94,30 @@ def _block_codegen(fast):
         size = builder.extract_value(arrays[0].strides, 0)
         base = builder.add(builder.ptrtoint(arrays[0].data, i64), builder.mul(block, size))
         start = builder.ptrtoint(arrays[1].data, i64)
-        zeros = ir.Constant(i32s, [0] * _LANES)
-
-        def step(group, totals):
-            four = builder.load(builder.inttoptr(builder.add(start, builder.shl(group, i64(2))), i32.as_pointer()))
-            single = builder.insert_element(ir.Constant(i32s, ir.Undefined), four, i32(0))
-            spread = builder.bitcast(builder.shuffle_vector(single, single, zeros), bytes_)
-            place = builder.add(base, builder.shl(group, i64(8)))
-            after = []
-            for part, total in enumerate(totals):
-                pointer = builder.inttoptr(builder.add(place, i64(64 * part)), bytes_.as_pointer())
-                after.append(_dot4(builder, use_fast, total, builder.load(pointer, align=1), spread))
-            return after
-
-        totals = _loop(builder, groups, [zeros] * (BLOCK // _LANES), step)
         out = builder.ptrtoint(arrays[2].data, i64)
-        for part, total in enumerate(totals):
-            pointer = builder.inttoptr(builder.add(out, i64(64 * part)), i32s.as_pointer())
-            builder.store(total, pointer, align=4)
+        first_lane = ir.Constant(i32s, [0] * _LANES)
+        # Sums over pairs are twice as long: half of the block at a time, so that they stay in 16 registers of 32 bytes.
+        lanes, together = (_LANES, BLOCK // _LANES) if use_fast else (2 * _LANES, BLOCK // _LANES // 2)
+        zeros = ir.Constant(ir.VectorType(i32, lanes), [0] * lanes)
+
+        def step_from(first):
+            def step(group, totals):
+                four = builder.load(builder.inttoptr(builder.add(start, builder.shl(group, i64(2))), i32.as_pointer()))
+                single = builder.insert_element(ir.Constant(i32s, ir.Undefined), four, i32(0))
+                spread = builder.bitcast(builder.shuffle_vector(single, single, first_lane), bytes_)
+                place = builder.add(base, builder.shl(group, i64(8)))
+                after = []
+                for part, total in enumerate(totals, first):
+                    pointer = builder.inttoptr(builder.add(place, i64(64 * part)), bytes_.as_pointer())
+                    after.append(_dot4(builder, use_fast, total, builder.load(pointer, align=1), spread))
+                return after
+
+            return step
+
+        for first in range(0, BLOCK // _LANES, together):
+            for part, total in enumerate(_loop(builder, groups, [zeros] * together, step_from(first)), first):
+                pointer = builder.inttoptr(builder.add(out, i64(64 * part)), i32s.as_pointer())
+                builder.store(total if use_fast else _pairs(builder, total), pointer, align=4)
         return context.get_dummy_value()
 
     return codegen
