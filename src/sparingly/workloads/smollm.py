@@ -61,7 +61,7 @@ MODES = {
     # So few words cannot show that one per cent is kept.
     "quick": Mode("quick", 0.05, 26, 6, 64, 2, 3, 0),
     "default": Mode("default", 0.01, 64, 40, 256, 12, 8, 0),
-    "full": Mode("full", 0.01, 200, 120, 256, 24, 12, 29),
+    "full": Mode("full", 0.01, 100, 120, 256, 24, 12, 29),
 }
 
 
