@@ -28,7 +28,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import cycle
 from typing import Any, Protocol
 
@@ -78,24 +77,9 @@ def quantise(weight: Tensor, largest: int = 127) -> tuple[Tensor, Tensor]:
     return (weight / scale.unsqueeze(1)).round_().clamp_(-largest, largest).to(torch.int8), scale
 
 
-@cache
-def _largest_code() -> int:
-    """The largest weight that DynamicQuantizeMatMul multiplies right here: 127, or 63 on x86 without VNNI, where sums
-    of two products stop at 32,767 (``reduce_range`` of ``quantize_dynamic`` is for that)."""
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    given = {"weight": np.full((64, 16), 127, np.int8), "scale": np.full(16, 1 / 127, np.float32)}
-    info = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, size]) for name, size in (("x", 64), ("sum", 16))
-    ]
-    node = helper.make_node("DynamicQuantizeMatMul", ["x", *given], ["sum"], domain="com.microsoft")
-    values = [numpy_helper.from_array(array, name) for name, array in given.items()]
-    graph = helper.make_graph([node], "probe", info[:1], info[1:], values)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("com.microsoft", 1)], ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"x": np.ones((1, 64), np.float32)})
-    return 127 if np.abs(found - 64).max() < 1 else 63
+LARGEST_CODE = 127 if torch.cpu._is_vnni_supported() else 63
+"""Of the weights of DynamicQuantizeMatMul: without VNNI its sums of two products stop at 32,767, for which
+``quantize_dynamic`` has ``reduce_range``."""
 
 
 class Engine(ABC):
@@ -256,7 +240,7 @@ def _scoring(kind: str, weight: Tensor, bias: Tensor) -> tuple[str, dict[str, An
     """The operator that scores, its attributes, and its inputs after ``hidden`` in order (blank: one left out)."""
     if kind == "gemm":
         return "Gemm", {"transB": 1}, {"weight": weight.numpy(), "bias": bias.numpy()}
-    rows, scale = quantise(weight, _largest_code() if kind == "dynamic" else 127)
+    rows, scale = quantise(weight, LARGEST_CODE if kind == "dynamic" else 127)
     if kind == "dynamic":
         columns = rows.t().contiguous().numpy()
         inputs = {"weight": columns, "scale": scale.numpy(), "": np.empty(0), "bias": bias.numpy()}
