@@ -24,6 +24,7 @@ from sparingly.convert._families import ACTIVATIONS
 from sparingly.convert._match import TOLERANCE, distance
 from sparingly.nn._expert_form import ExpertForm
 from sparingly.nn._rows import sizes
+from sparingly.nn.decoding import compile_steps_
 from sparingly.nn.screen_head import ScreenHead
 from sparingly.nn.selective import Selective, selective_modules
 from sparingly.selectors import LowRank, Selector, selector_class
@@ -277,6 +278,7 @@ def _convert(folder: Path, model: nn.Module, entries: list[dict[str, Any]], sele
     except BaseException:
         _put_back(model, replaced)
         raise
+    compile_steps_(model)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import nn
 
 from sparingly.contract import Contract
 from sparingly.convert import CONTRACT
+from sparingly.nn.decoding import compiled_steps
 from sparingly.nn.selective import needed_layers
 from sparingly.ops import fallbacks, registered
 
@@ -43,15 +44,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Every selective layer, and the contract under which their settings were chosen; None before calibration."""
+    """Every selective layer, and the contract under which their settings were chosen; None before calibration.
+
+    ``decoding``: how a decoder of transformers took its last token; None for other models.
+    """
 
     layers: tuple[Layer, ...]
     contract: Contract | None
+    decoding: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
             "contract": None if self.contract is None else self.contract.as_dict(),
+            "decoding": self.decoding,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -64,7 +70,8 @@ class Explanation:
             reasons = "; ".join(f"{reason} ({count:,} tokens)" for reason, count in layer.why_dense.items())
             row = (layer.name, layer.selector, str(layer.setting), f"{layer.units:,}", ran, layer.kernel, reasons)
             table.add_row(*row)
-        table.caption = str(self.contract) if self.contract is not None else "not calibrated: no contract"
+        told = ["not calibrated: no contract" if self.contract is None else str(self.contract), self.decoding]
+        table.caption = "\n".join(filter(None, told))
         return table
 
     def __str__(self) -> str:
@@ -108,7 +115,15 @@ def explain(model: nn.Module) -> Explanation:
                 why_dense=dict(layer.why_dense),
             )
         )
-    return Explanation(tuple(rows), getattr(model, CONTRACT, None))
+    return Explanation(tuple(rows), getattr(model, CONTRACT, None), _decoding(model))
+
+
+def _decoding(model: nn.Module) -> str | None:
+    steps = compiled_steps(model)
+    if not steps:
+        return None
+    reasons = "; ".join(dict.fromkeys(one.why_modules for one in steps if one.why_modules is not None))
+    return f"the last token ran module by module: {reasons}" if reasons else "the last token was one compiled call"
 
 
 def _kernel(known: Mapping[tuple[str, str], tuple[bool, str | None]], device: str, operators: tuple[str, ...]) -> str:

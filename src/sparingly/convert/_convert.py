@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sparingly.convert._find import Place, Skipped, find
+from sparingly.nn.decoding import compile_steps_, drop_steps_
 from sparingly.nn.experts import SelectiveExperts
 from sparingly.nn.linear import SelectiveLinear
 from sparingly.nn.mlp import SelectiveMLP
@@ -97,6 +98,7 @@ def _convert(model: nn.Module, plan: _Plan) -> Changes:
     except BaseException:
         _put_back(model, replaced)
         raise
+    compile_steps_(model)
     return Changes(tuple(changes), tuple(plan.skipped))
 
 
@@ -112,6 +114,7 @@ def restore_(model: nn.Module) -> tuple[str, ...]:
     if "" in replaced:
         raise ValueError("the model is itself one selective layer; its dense() gives the original")
     with torch.inference_mode(False):
+        drop_steps_(model)
         _put_back(model, replaced)
     if hasattr(model, CONTRACT):
         delattr(model, CONTRACT)

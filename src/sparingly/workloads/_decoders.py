@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparingly.energy import ledger
+from sparingly.nn import _attention_kernels as kernels
 from sparingly.ops._pages import request_huge_pages
 from sparingly.ops._views import addresses
-from sparingly.workloads import _decoder_kernels as kernels
 
 PRECISIONS = ("fp32", "bf16", "int8")
 

@@ -33,7 +33,7 @@ from sparingly.workloads import smollm_data as data
 from sparingly.workloads._decoders import Decoder
 from sparingly.workloads._engines import best_engine, dense_engines
 from sparingly.workloads._parts import Say, cache_folder, document, parts_of
-from sparingly.workloads._planned import PlannedDecoder
+from sparingly.workloads._planned_decoder import PlannedDecoder
 from sparingly.workloads._shares import share
 
 TITLE = "SmolLM2-135M, converted without training"

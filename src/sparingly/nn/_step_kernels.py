@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparingly.nn._attention_kernels import attend, rms_norm
 from sparingly.ops._numba import axpy, axpy_pair, inlined, kernel, prefetch_apart, rows_ahead
 from sparingly.ops._views import matrix_at, vector_at
 from sparingly.ops.gated_rows.cpu import GROUP
 from sparingly.ops.gated_rows.cpu import _add as add_gated
 from sparingly.ops.threshold_accumulate.cpu import _add as add_rows
 from sparingly.ops.threshold_accumulate.cpu import count_ran, find_kept
-from sparingly.workloads._decoder_kernels import attend, rms_norm
 
 # Columns of a layer's addresses. A matrix with a threshold on its inputs has five.
 WEIGHT, CUT, CENTRE, REST, RAN = range(5)

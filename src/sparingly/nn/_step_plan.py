@@ -1,4 +1,4 @@
-"""Decoding one token with a converted Llama-type network as one compiled call.
+"""The addresses with which one token goes through the layers of a converted Llama-type network as one compiled call.
 
 Between the 210 operators that a token of SmolLM2-135M calls, Python takes two thirds of the time that the operators
 do; here it builds a table of addresses once.
@@ -14,19 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparingly.energy import ledger
 from sparingly.nn import _rows
+from sparingly.nn import _step_kernels as kernels
 from sparingly.nn.linear import SelectiveLinear
 from sparingly.nn.mlp import SelectiveMLP
-from sparingly.nn.screen_head import ScreenHead
 from sparingly.nn.selective import Selective
 from sparingly.ops._pages import HUGE_PAGE_BYTES, request_huge_pages
 from sparingly.ops._views import LIKE
 from sparingly.selectors.threshold import Threshold
-from sparingly.workloads import _planned_kernels as kernels
-from sparingly.workloads._decoders import Decoder, _Block, without_onednn
 
-THREADS = "more than one thread: operators share rows out, one compiled call does not"
 LEDGER = "a ledger counts: the modules run, so that it sees them"
 
 
@@ -34,82 +30,7 @@ class Unplanned(Exception):
     """Why a network cannot be decoded as one compiled call."""
 
 
-class PlannedDecoder(Decoder):
-    """A :class:`Decoder` that takes a token through all layers of a converted network in one compiled call.
-
-    For what ``sp.convert_(model)`` and ``sp.calibrate`` leave: query, key, value, output and gate are fitted
-    :class:`SelectiveLinear`, the MLP a gated :class:`SelectiveMLP` with silu and a fitted :class:`Threshold`; weights
-    all float32 or all bfloat16, one thread. A fitted :class:`ScreenHead` is called as it is. Prompts, any other
-    network, and tokens that a ledger counts take the modules' path of :class:`Decoder`; ``why_modules`` says why.
-    Activations are float32 throughout, also where the weights are bfloat16, which the modules' path rounds between.
-
-    Weights and thresholds are read where the modules keep them. A setting or ``off`` that changes is noticed with the
-    next token; weights, modules and hooks of a layer with the next prompt. Modules' ``ran`` counts go on; forward hooks
-    are a reason for the modules' path. The weights of a layer are moved side by side into memory of 2 MB pages, where
-    the system grants them (their values, shapes and strides stay): 2 to 10 % of a token.
-
-    Parameters as of :class:`Decoder`; ``precision`` is that of plain ``nn.Linear``, so of an output layer without a
-    screen.
-    """
-
-    name = "selective, one compiled call"
-
-    def __init__(self, model: Any, precision: str = "fp32", max_tokens: int = 512):
-        super().__init__(model, precision, max_tokens)
-        self.layers, self.lm_head = list(model.model.layers), model.lm_head
-        self._plan: _Plan | None = None
-        self._reason: str | None = None
-        self._watch = _Watch(self.layers)
-
-    @property
-    def why_modules(self) -> str | None:
-        """Why the next token would take the modules' path, or None if it is one compiled call."""
-        return self._why(self._watch.changed())
-
-    def _why(self, changed: bool) -> str | None:
-        if changed:
-            self._build()
-        if ledger.active():
-            return LEDGER
-        return THREADS if torch.get_num_threads() > 1 else self._reason
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _build(self) -> None:
-        before, self._watch = self._watch, _Watch(self.layers)
-        if before.modules != self._watch.modules:
-            self.blocks = [_Block(layer, self.precision) for layer in self.layers]
-        self._plan, self._reason = None, None
-        try:
-            self._plan = _Plan(self)
-        except Unplanned as reason:
-            self._reason = str(reason)
-        self._watch.remember()
-
-    @torch.inference_mode()
-    def _run(self, ids: Tensor, every: bool = False) -> Tensor:
-        watch = self._watch
-        reason = self._why(watch.changed() if self.length == 0 else watch.switched())
-        if reason is not None or len(ids) != 1 or self.length >= self.max_tokens:
-            return super()._run(ids, every)
-        assert self._plan is not None
-        with without_onednn():
-            # A copy: the embedding of one token may be a view, and this is written to.
-            x = self.embedding(ids).to(torch.float32, copy=True).contiguous()
-            self._plan.run(x, self.length)
-            self.length += 1
-            return self._logits(F.rms_norm(x, x.shape[1:], *self.norm))
-
-    def _logits(self, x: Tensor) -> Tensor:
-        head = self.lm_head
-        hooked = head._forward_hooks or head._forward_pre_hooks
-        if not isinstance(head, ScreenHead) or hooked or head._why_dense(x) is not None:
-            return self.head(x).float()
-        head._count(1, min(head.selector.setting, head.num_units))
-        return head.selector.logits(x, head.weight, head.bias)
-
-
-class _Watch:
+class Watch:
     """Notices changes in layers that a table of addresses was made from."""
 
     def __init__(self, layers: list[Any]):
@@ -152,57 +73,53 @@ class _Watch:
         return pointers, [tensor._version for tensor in self.versioned], any(self.hooks)
 
 
-class _Plan:
+class StepPlan:
     """The addresses of a network's layers. Raises :class:`Unplanned` for layers of another kind."""
 
-    def __init__(self, decoder: PlannedDecoder):
+    def __init__(self, layers: list[Any], heads: tuple[int, int, int], scaling: float):
+        """heads: how many of queries, of keys and values, and their width."""
         self.keep: list[Tensor] = []
-        layers = decoder.layers
-        first = layers[0].mlp
+        first, norms = layers[0].mlp, [(layer.input_layernorm, layer.post_attention_layernorm) for layer in layers]
         if not isinstance(first, SelectiveMLP):
             raise Unplanned("mlp is not a SelectiveMLP")
-        d, n = decoder.norm[0].numel(), first.num_units
-        self.sizes = d, n, decoder.heads, decoder.shared, decoder.width, decoder.max_tokens
+        self.sizes = norms[0][0].weight.numel(), first.num_units, *heads
         self.dtype = first._layers().down.weight.dtype
         if self.dtype not in (torch.float32, torch.bfloat16):
             raise Unplanned(f"weights are {self.dtype}, not float32 or bfloat16")
         rows = []
         for number, layer in enumerate(layers):
             try:
-                rows.append(self._layer(layer, decoder.blocks[number].norms))
+                rows.append(self._layer(layer, norms[number]))
             except Unplanned as reason:
                 raise Unplanned(f"layer {number}: {reason}") from None
         self.table = np.array(rows, np.int64)
-        self.eps = np.array([[eps for _, eps in block.norms] for block in decoder.blocks], np.float32)
-        self.work = torch.empty(kernels.workspace(*self.sizes[:5]))
-        self.scaling, self.places = float(decoder.scaling), (decoder.cos, decoder.sin, decoder.cache)
+        self.eps = np.array([[norm.variance_epsilon for norm in pair] for pair in norms], np.float32)
+        self.scaling = scaling
 
-    def run(self, x: Tensor, position: int) -> None:
-        """x float32 [1, d], contiguous -> what comes out of the last layer, in its place."""
-        cos, sin, cache = self.places
-        turned = 4 * position * cos.shape[1]
+    def run(self, x: Tensor, position: int, cos: Tensor, sin: Tensor, cache: Tensor) -> None:
+        """x float32 [1, d] -> what comes out of the last layer, in its place.
+
+        All float32 and contiguous: cos and sin of the position [width], cache [layers, 2, shared, positions, width].
+        """
+        work = torch.empty(kernels.workspace(*self.sizes))
         kernels.decode(
             LIKE[self.dtype],
             self.table,
             self.eps,
-            (*self.sizes, position),
+            (*self.sizes, cache.shape[3], position),
             self.scaling,
-            x.data_ptr(),
-            self.work.data_ptr(),
-            cos.data_ptr() + turned,
-            sin.data_ptr() + turned,
-            cache.data_ptr(),
+            *[tensor.data_ptr() for tensor in (x, work, cos, sin, cache)],
         )
 
-    def _layer(self, layer: Any, norms: list[tuple[Tensor, float]]) -> list[int]:
-        d, n, heads, shared, width, _ = self.sizes
+    def _layer(self, layer: Any, norms: tuple[Any, Any]) -> list[int]:
+        d, n, heads, shared, width = self.sizes
         attention, inner, outer = layer.self_attn, heads * width, shared * width
         _gather([part.weight for part in layer.modules() if isinstance(part, nn.Linear)])
         found = []
         for name, shape in (("q", (d, inner)), ("k", (d, outer)), ("v", (d, outer)), ("o", (inner, d))):
             found += self._linear(f"{name}_proj", getattr(attention, f"{name}_proj"), shape)
         found += self._mlp(layer.mlp, d, n)
-        return found + [self._vector(gain, d) for gain, _ in norms]
+        return found + [self._vector(norm.weight, d) for norm in norms]
 
     def _linear(self, name: str, layer: Any, shape: tuple[int, int]) -> list[int]:
         """Addresses in the order WEIGHT, CUT, CENTRE, REST, RAN."""

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from sparingly.calibrate import calibrate
 from sparingly.convert import convert_
 from sparingly.energy import count
+from sparingly.nn._step_plan import LEDGER
 from sparingly.nn.selective import reset, selective_modules
 from sparingly.workloads._decoders import Decoder
-from sparingly.workloads._planned import LEDGER, THREADS, PlannedDecoder
+from sparingly.workloads._planned_decoder import THREADS, PlannedDecoder
 
 transformers = pytest.importorskip("transformers")
 
