@@ -137,12 +137,14 @@ def test_a_folder_of_transformers_is_converted_explained_and_compared(llama, tex
 def test_a_module_path_needs_tensors_and_comes_back_with_into(network, tmp_path):
     out = tmp_path / "out"
     data = examples(tmp_path)
-    result = run("convert", network, "--data", data, "--metric", "accuracy", "--max-drop", 0.9, "--out", out)
+    result = run(
+        "convert", network, "--data", data, "--metric", "accuracy", "--max-drop", 0.9, "--out", out, "--rows", "int8"
+    )
     assert result.exit_code == 0, result.output
     one_line(run("explain", out), "no class of transformers")
     result = run("explain", out, "--into", network)
     assert result.exit_code == 0, result.output
-    assert "accuracy: a drop of at most 0.9" in " ".join(result.stdout.split())
+    assert "accuracy: a drop of at most 0.9" in " ".join(result.stdout.split()) and "int8" in result.stdout
     text = tmp_path / "some.txt"
     text.write_text("words")
     one_line(run("convert", network, "--data", text, "--out", tmp_path / "more"), "no tokenizer")
@@ -175,6 +177,7 @@ def test_mistakes_are_one_line_and_write_nothing(llama, text, network, tmp_path)
     one_line(run("convert", llama, *base, "--confidence", "95"), "confidence must be between 0 and 1")
     one_line(run("convert", llama, *base, "--metric", "beauty"), "metric must be one of perplexity")
     one_line(run("convert", llama, *base, "--where", "nowhere"), "where must be one of", "'nowhere'")
+    one_line(run("convert", llama, *base, "--rows", "int4"), "rows must be None", "'int4'")
     one_line(run("convert", llama, "--data", tmp_path / "no.txt", "--out", out), "there is no file")
     one_line(run("convert", llama, "--data", llama / "config.json", "--out", out), "data must be a file ending in .txt")
     one_line(run("convert", network.replace("make", "number"), *base), "must return a torch.nn.Module, got int")

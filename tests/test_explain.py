@@ -58,6 +58,21 @@ def test_shares_are_those_of_the_counts():
 
 
 @torch.no_grad()
+def test_int8_rows_are_named_and_counted():
+    model, x = converted(), torch.randn(1, 16)
+    layer = model.mlp.get_submodule("0")
+    layer.rows = "int8"
+    model(x)
+    model(torch.randn(9, 16))
+    rows = {row.name: row for row in explain(model).layers}
+    assert (rows["mlp.0"].rows, rows["mlp"].rows) == ("int8", None)
+    kept, whole = int((x.abs() >= 0.5).sum()), 64 * 4 + 16 * 64 * 4
+    assert rows["mlp.0"].dense_bytes == whole
+    assert rows["mlp.0"].size_bytes == pytest.approx((64 * 4 + kept * (64 + 4) + 9 * whole) / 10)
+    assert "int8" in str(explain(model))
+
+
+@torch.no_grad()
 def test_before_the_first_token_shares_are_missing_not_zero():
     rows = explain(converted()).layers
     assert all(row.share_run is None and row.size_bytes is None and row.tokens == 0 for row in rows)

@@ -123,6 +123,21 @@ def test_the_contract_and_the_switch_come_back(path):
     assert [layer.off for layer in selective_modules(twin).values()] == [False, True]
 
 
+def test_int8_rows_come_back_and_version_1_had_none(path, x):
+    net = settled()
+    selective_modules(net)["second"].rows = "int8"
+    sp.save(net, path)
+    twin = sp.load(path, into=Net().eval())
+    assert [layer.rows for layer in selective_modules(twin).values()] == [None, "int8"]
+    assert torch.equal(answers(twin, x), answers(net, x))
+    layers = json.loads((path / "sparingly.json").read_text())["layers"]
+    edit(path, version=1, layers=[{key: value for key, value in layer.items() if key != "rows"} for layer in layers])
+    older = sp.load(path, into=Net().eval())
+    assert [layer.rows for layer in selective_modules(older).values()] == [None, None]
+    selective_modules(net)["second"].rows = None
+    assert torch.equal(answers(older, x), answers(net, x))
+
+
 def test_layers_inside_layers_and_a_screened_output_come_back(path, x):
     net = Net().eval()
     convert_(net, {"mlp": Threshold(0.3), "linear": InputThreshold(0.2), "head": Screen(4, 8)})
@@ -272,11 +287,12 @@ DAMAGE = {
     "description gone": (lambda f: (f / "sparingly.json").unlink(), "no converted model"),
     "foreign": (lambda f: edit(f, format="another"), "not one of Sparingly's"),
     "a list": (lambda f: (f / "sparingly.json").write_text("[]"), "not one of Sparingly's"),
-    "newer": (lambda f: edit(f, version=2), "version 2; this Sparingly reads version 1"),
+    "newer": (lambda f: edit(f, version=3), "version 3; this Sparingly reads versions 1 to 2"),
     "other weights": (other_weights, "base model's hash differs"),
     "unknown key": (lambda f: edit(f, extra=1), r"unknown keys \['extra'\]"),
     "unknown key of a layer": (lambda f: edit_layer(f, extra=1), r"unknown keys \['extra'\]"),
     "wrong type": (lambda f: edit_layer(f, units="40"), "wrong type"),
+    "unknown rows": (lambda f: edit_layer(f, rows="int4"), "rows must be None .* got 'int4'"),
     "unknown selector": (lambda f: edit_layer(f, selector="Oops"), "got 'Oops'.*SELECTORS"),
     "unknown option": (lambda f: edit_layer(f, config={"speed": 3}), "Threshold takes other arguments"),
     "bad setting": (lambda f: edit_layer(f, config={"setting": 500}), "other arguments: setting must be a percentage"),

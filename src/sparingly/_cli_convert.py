@@ -47,6 +47,12 @@ def convert(
             help="mlp, linear, attention, head, or a glob on names; default: mlp, linear, head.",
         ),
     ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            "--rows", metavar="KIND", help="int8: units run from int8 rows; default: the weights as they are."
+        ),
+    ] = None,
     windows: Windows = 200,
 ) -> None:
     """Make a network run only the units that each input needs, and keep its quality under a contract.
@@ -69,7 +75,7 @@ def convert(
             say(f"reading {data}", None)
             examples = read_data(data, model, tokenizer, windows)
             say("finding what can be selective", None)
-            changes = convert_(model, where=where, example=None if tokenizer else _example(examples))
+            changes = convert_(model, where=where, example=None if tokenizer else _example(examples), rows=rows)
             contract = calibrate(model, examples, metric, drop, sure, progress=say)
             say(f"writing {out}", None)
             also = None if tokenizer is None else lambda folder: tokenizer.save_pretrained(str(folder))

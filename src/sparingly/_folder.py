@@ -43,7 +43,7 @@ from sparingly.selectors import SELECTORS, LowRank
 from sparingly.store import _distinct
 
 FORMAT = "sparingly-model"
-VERSION = 1
+VERSION = 2
 DESCRIPTION, WEIGHTS, STATES = "sparingly.json", "model.safetensors", "selectors.safetensors"
 OURS = (DESCRIPTION, WEIGHTS, STATES, "config.json", "generation_config.json")
 
@@ -147,6 +147,7 @@ def _layer(path: str, layer: Selective) -> dict[str, Any]:
         "per_token": layer.per_token if isinstance(layer, SelectiveExperts) else None,
         "selector": name,
         "config": selector.config() | {"setting": selector.setting},
+        "rows": layer.rows,
         "off": layer.off,
         "always": bool(getattr(layer, "always", False)),
         "mlp": None,

@@ -49,6 +49,7 @@ _LAYER: dict[str, Any] = {
     "per_token": (int, type(None)),
     "selector": str,
     "config": dict,
+    "rows": _Text,
     "off": bool,
     "always": bool,
     "mlp": (dict, type(None)),
@@ -117,9 +118,14 @@ def _read(folder: Path) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{file} is not one of Sparingly's: its format is not {FORMAT!r}")
     version = description.get("version")
-    if version != VERSION:
-        raise ValueError(f"{file} has version {version!r}; this Sparingly reads version {VERSION}: use another release")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        known = f"versions 1 to {VERSION}"
+        raise ValueError(f"{file} has version {version!r}; this Sparingly reads {known}: use another release")
     _check_keys(file, "the description", description, _DESCRIPTION)
+    if version == 1:  # which had no other rows than the weights
+        description["layers"] = [
+            entry | {"rows": None} if isinstance(entry, dict) else entry for entry in description["layers"]
+        ]
     for entry in description["layers"]:
         _check_keys(file, "a layer", entry, _LAYER)
         if entry["mlp"] is not None:
@@ -311,7 +317,7 @@ def _convert_one(model: nn.Module, entry: dict[str, Any], selector: Selector, re
         module.reset()
         if not (distance(got, want) < 4 * TOLERANCE.get(x.dtype, 3e-6) or torch.equal(got, want)):
             raise ValueError("it does not compute what the saved one did: another activation, or another forward")
-    module.off = entry["off"]
+    module.rows, module.off = entry["rows"], entry["off"]
     if isinstance(module, ScreenHead):
         module.always = entry["always"]
     _put(model, path, module)

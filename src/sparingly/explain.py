@@ -25,7 +25,9 @@ class Layer:
 
     ``share_run``: share of its units that ran, 0..1, None before the first token; ``tokens``: how many came,
     ``dense_tokens``: of these, how many took one dense product; ``why_dense``: reason -> tokens.
-    ``size_bytes``: weights read per token so far, None before the first; ``dense_bytes``: when every unit runs.
+    ``rows``: what selected units run from, "int8", or None for the weights as they are.
+    ``size_bytes``: weights read per token so far, None before the first; ``dense_bytes``: when every unit runs from the
+    weights as they are.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Layer:
     selector: str
     setting: int
     units: int
+    rows: str | None
     tokens: int
     dense_tokens: int
     share_run: float | None
@@ -64,12 +67,14 @@ class Explanation:
     def __rich__(self) -> Table:
         from rich.table import Table
 
-        table = Table("layer", "selector", "setting", "units", "ran", "kernel", "dense because", show_edge=False)
+        table = Table(
+            "layer", "selector", "setting", "units", "rows", "ran", "kernel", "dense because", show_edge=False
+        )
         for layer in self.layers:
             ran = "-" if layer.share_run is None else f"{layer.share_run:.0%}"
             reasons = "; ".join(f"{reason} ({count:,} tokens)" for reason, count in layer.why_dense.items())
-            row = (layer.name, layer.selector, str(layer.setting), f"{layer.units:,}", ran, layer.kernel, reasons)
-            table.add_row(*row)
+            chosen = (layer.name, layer.selector, str(layer.setting), f"{layer.units:,}", layer.rows or "as weights")
+            table.add_row(*chosen, ran, layer.kernel, reasons)
         told = ["not calibrated: no contract" if self.contract is None else str(self.contract), self.decoding]
         table.caption = "\n".join(filter(None, told))
         return table
@@ -96,7 +101,7 @@ def explain(model: nn.Module) -> Explanation:
     for name, layer in layers.items():
         tokens, units, dense, passed = layer.ran.tolist()
         share = layer.share_run()
-        whole = layer.fixed_bytes() + layer.num_units * layer.unit_bytes()
+        whole = layer.dense_bytes()
         alone = layer.bytes_read(units / tokens, passed / tokens) if tokens else 0.0
         read = None if share is None else (tokens * alone + dense * whole) / (tokens + dense)
         rows.append(
@@ -106,6 +111,7 @@ def explain(model: nn.Module) -> Explanation:
                 selector=type(layer.selector).__name__,
                 setting=layer.selector.setting,
                 units=layer.num_units,
+                rows=layer.rows,
                 tokens=tokens + dense,
                 dense_tokens=dense,
                 share_run=share,

@@ -14,6 +14,7 @@ from torch import nn
 import sparingly as sp
 from sparingly.convert import convert_, restore_
 from sparingly.nn.decoding import CompiledSteps, compiled_steps
+from sparingly.nn.selective import selective_modules
 from sparingly.selectors import InputThreshold, Threshold
 
 transformers: Any = pytest.importorskip("transformers")
@@ -65,7 +66,7 @@ def test_generate_takes_compiled_steps_and_writes_the_same(family, more):
     (steps,) = compiled_steps(model)
     assert steps.why_modules is None
     near(found, text(by_modules(model), prompt()))
-    ran = {name: layer.ran.tolist() for name, layer in sp.nn.selective.selective_modules(model).items()}
+    ran = {name: layer.ran.tolist() for name, layer in selective_modules(model).items()}
     assert all(counts[0] == 89 and counts[1] > 0 for counts in ran.values())
     assert "one compiled call" in str(sp.explain(model))
 

@@ -4,6 +4,7 @@ what changes."""
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ FAMILIES = {
     "Llama with biases": {"mlp_bias": True, "attention_bias": True, "intermediate_size": 600},
     "Qwen2": {"tie_word_embeddings": True},
 }
+# And in int8.
+WIDE = {"Llama, wide": {"intermediate_size": 2400}}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +42,7 @@ def _one_thread():
 def network(name: str = "Llama") -> Any:
     """A tiny random network, odd numbers of heads and units, weights large enough that every part of it shows."""
     torch.manual_seed(5)
-    family, options = name.split()[0], FAMILIES[name]
+    family, options = re.split("[ ,]", name)[0], (FAMILIES | WIDE)[name]
     sizes = {"hidden_size": 36, "intermediate_size": 53, "num_hidden_layers": 3, "vocab_size": 120}
     heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10, "max_position_embeddings": 512}
     config = getattr(transformers, f"{family}Config")(**{**sizes, **heads, **options}, initializer_range=0.3)
@@ -50,10 +53,10 @@ def network(name: str = "Llama") -> Any:
     return model
 
 
-def converted(name: str = "Llama", setting: int = 60) -> Any:
+def converted(name: str = "Llama", setting: int = 60, rows: str | None = None) -> Any:
     """Calibrated, then every layer set to keep ``setting`` per cent, so that every cut cuts."""
     model = network(name)
-    convert_(model)
+    convert_(model, rows=rows)
     data = torch.randint(0, 120, (96, 12), generator=torch.Generator().manual_seed(2))
     calibrate(model, data, max_drop=0.5)
     for module in blocks(model):
@@ -102,6 +105,46 @@ def test_equal_to_the_modules_and_counts_as_they_do(name: str, setting: int):
     assert counts(model) == expected_counts
     kept = [module.ran[1] / module.ran[0] / module.num_units for module in blocks(model)]
     assert (min(kept) == 1) if setting == 100 else (max(kept) < 1)
+
+
+@pytest.mark.parametrize("setting", [100, 40])
+@pytest.mark.parametrize("name", ["Llama with biases", "Qwen2", *WIDE])
+def test_int8_rows_are_those_of_the_modules(name: str, setting: int):
+    model = converted(name, setting, "int8")
+    wanted = stepwise(Decoder(model), ids())
+    expected_counts = counts(model)
+    reset(model)
+    planned = PlannedDecoder(model)
+    assert planned.why_modules is None
+    assert error(stepwise(planned, ids()), wanted) < 2e-5
+    assert counts(model) == expected_counts
+    plain = copy.deepcopy(model)
+    for module in selective_modules(plain).values():
+        module.rows = None
+    assert error(stepwise(Decoder(plain), ids()), wanted) > 1e-3
+
+
+def test_one_wrong_code_shows_and_changes_under_int8_rows_are_noticed():
+    model = converted(setting=100, rows="int8")
+    planned = PlannedDecoder(model)
+    wanted = stepwise(planned, ids())
+    layer = model.model.layers[1]
+    for part in (*blocks(layer.self_attn), layer.mlp.gate_proj, layer.mlp):
+        for name, made in part._made.items():
+            if name.startswith("int8"):
+                made.value.rows[3, 2] ^= 64
+                assert error(stepwise(planned, ids()), wanted) > 1e-4, name
+                made.value.rows[3, 2] ^= 64
+    assert torch.equal(stepwise(planned, ids()), wanted)
+    with torch.no_grad():
+        layer.mlp.up_proj.weight.mul_(1.5)
+        layer.self_attn.q_proj.weight.mul_(1.5)
+    found = stepwise(planned, ids())
+    assert planned.why_modules is None
+    assert error(found, stepwise(Decoder(model), ids())) < 2e-5 and error(found, wanted) > 1e-3
+    layer.mlp.rows = None
+    assert "layer 1: up's rows must be" in str(planned.why_modules)
+    assert error(stepwise(planned, ids()), stepwise(Decoder(model), ids())) < 2e-5
 
 
 def test_a_longer_sequence_and_a_second_one():

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from sparingly.convert._find import Place, Skipped, find
+from sparingly.nn._int8 import check_kind
 from sparingly.nn.decoding import compile_steps_, drop_steps_
 from sparingly.nn.experts import SelectiveExperts
 from sparingly.nn.linear import SelectiveLinear
 from sparingly.nn.mlp import SelectiveMLP
 from sparingly.nn.screen_head import ScreenHead
-from sparingly.nn.selective import Selective, selective_modules
+from sparingly.nn.selective import NO_INT8, Selective, selective_modules
 from sparingly.selectors import InputThreshold, LowRank, Random, Screen, Selector, Threshold
 
 CONTRACT = "sparingly_contract"
@@ -57,6 +58,7 @@ def convert_(
     where: str | None = None,
     *,
     example: Any = None,
+    rows: str | None = None,
 ) -> Changes:
     """Make parts of a trained network selective, in place; :func:`restore_` undoes it exactly.
 
@@ -71,25 +73,32 @@ def convert_(
             layer of an MLP that computes every activation), "attention" (those of attention only), "head" (the output
             layer), or a glob on module names, such as "model.layers.*.mlp". None: what the selector is for.
         example: input for one forward, where none can be made up: a tensor, a tuple or a dict of keyword arguments.
+        rows: what selected units run from: None, the weights as they are; "int8", the same rounded to int8 with a
+            float32 scale for each unit's row, a quarter of the bytes of float32. The weights stay beside them, for
+            training and for :func:`restore_`. Experts, and MLPs whose selector looks at the input, have no such rows
+            and are left alone.
 
     Returns what was changed, and what was not with the reason.
 
     Raises:
-        ValueError: nothing could be changed (with the reasons), a place is selective already, or an unknown ``where``.
+        ValueError: nothing could be changed (with the reasons), a place is selective already, or an unknown ``where``
+            or ``rows``.
         TypeError: no selector, or one that does not fit the place.
     The model is as it was, whatever is raised.
     """
     # What is made in inference mode could not be changed outside of it.
     with torch.inference_mode(False):
-        return _convert(model, _plan(model, selector, where, example))
+        check_kind(rows)
+        return _convert(model, _plan(model, selector, where, example, rows), rows)
 
 
-def _convert(model: nn.Module, plan: _Plan) -> Changes:
+def _convert(model: nn.Module, plan: _Plan, rows: str | None) -> Changes:
     replaced: dict[str, Selective] = {}
     changes: list[Change] = []
     try:
         for place, chosen, _ in plan.places:
             module = _make(model, place, copy.deepcopy(chosen))
+            module.rows = rows
             _put(model, place.path, module)
             replaced[place.path] = module
             note = "" if place.container or place.kind != "mlp" else "only the second layer skips"
@@ -127,7 +136,7 @@ class _Plan:
     skipped: list[Skipped]
 
 
-def _plan(model: nn.Module, selector: Any, where: str | None, example: Any) -> _Plan:
+def _plan(model: nn.Module, selector: Any, where: str | None, example: Any, rows: str | None) -> _Plan:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     wanted = _wanted(selector, where)
@@ -140,7 +149,7 @@ def _plan(model: nn.Module, selector: Any, where: str | None, example: Any) -> _
         if part == "linear" and isinstance(wanted.get("mlp", Threshold()), Threshold):
             found = _with_first_layers(model, found, look("mlp")[0])
         for place in found:
-            reason = _unfit(place, chosen)
+            reason = _unfit(place, chosen) or _without_rows(place, chosen, rows)
             if place.path in taken:
                 continue
             if reason is not None:
@@ -229,6 +238,12 @@ def _unfit(place: Place, selector: Selector) -> str | None:
         return "its activation is not known"
     ok = isinstance(selector, (Threshold, LowRank, Random)) and not isinstance(selector, InputThreshold)
     return None if ok else f"an MLP takes Threshold, Zeros, LowRank or Random, got {name}"
+
+
+def _without_rows(place: Place, selector: Selector, rows: str | None) -> str | None:
+    """Why the place cannot run from such rows."""
+    takes = place.kind != "experts" and isinstance(selector, (Threshold, Screen))
+    return None if rows is None or takes else NO_INT8
 
 
 def _make(model: nn.Module, place: Place, selector: Selector) -> Selective:

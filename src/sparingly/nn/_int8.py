@@ -1,15 +1,54 @@
-"""Rows rounded to int8 with a scale each."""
+"""A bank whose rows are the weights themselves, or the weights rounded to int8 with a scale for each row."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+KINDS = (None, "int8")
+"""What selected units may run from: the weights as they are, or their rows in int8."""
+
+
+class Bank(NamedTuple):
+    """Rows as operators take them: ``scale * rows``, or without a scale ``rows`` themselves.
+
+    ``rows`` [n, d], int8 where there is a ``scale`` float32 [n].
+    """
+
+    rows: Tensor
+    scale: Tensor | None
+
+    @classmethod
+    def int8(cls, values: Tensor) -> Bank:
+        """Floating [n, d] as :func:`int8_rows`."""
+        return cls(*int8_rows(values))
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """[n, d] of ``dtype``, what the rows stand for; made anew by each call where they are int8."""
+        if self.scale is None:
+            return self.rows.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return self.rows.to(wide).mul_(self.scale[:, None]).to(dtype)
+
 
 def int8_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [rows, d] -> int8 [rows, d] and scale float32 [rows], row = scale * int8.
+    """Floating [n, d] -> int8 [n, d] and scale float32 [n], row = scale * int8.
 
     Rounded to nearest, the largest element of each row to 127.
     """
+    values = values.float()
     scale = values.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny * 127) / 127
     return (values / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def check_kind(kind: str | None) -> None:
+    """Raise ValueError unless there are such rows."""
+    if kind not in KINDS:
+        raise ValueError(f"rows must be None (the weights as they are) or 'int8', got {kind!r}")
+
+
+def row_bytes(width: int, weight: Tensor, kind: str | None) -> int:
+    """Bytes of one row of ``width`` values: as in ``weight``, or int8 with its scale."""
+    return width * weight.element_size() if kind is None else width + torch.float32.itemsize

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from sparingly.nn import _rows
 from sparingly.nn import _step_kernels as kernels
+from sparingly.nn._int8 import Bank
 from sparingly.nn.linear import SelectiveLinear
 from sparingly.nn.mlp import SelectiveMLP
 from sparingly.nn.selective import Selective
@@ -54,7 +55,7 @@ class Watch:
         self.mark, self.now = self._mark(), self._switches()
 
     def switched(self) -> bool:
-        """Whether a setting or ``off`` changed; 0.03 ms, 1 ms for :meth:`changed`."""
+        """Whether a setting, ``off`` or ``rows`` changed; 0.03 ms, 1 ms for :meth:`changed`."""
         return self.found is None or self._switches() != self.now
 
     def changed(self) -> bool:
@@ -64,9 +65,9 @@ class Watch:
         now = [held.get(name) for held, name in self.places]
         return not all(map(is_, now, self.found)) or self._mark() != self.mark
 
-    def _switches(self) -> tuple[list[int], list[bool]]:
+    def _switches(self) -> tuple[list[int], list[tuple[bool, str | None]]]:
         # A new setting is a new tensor; the old ones are held, so that no new one has the same number.
-        return [id(held["cut"]) for held in self.cuts], [module.off for module in self.selective]
+        return [id(held["cut"]) for held in self.cuts], [(module.off, module.rows) for module in self.selective]
 
     def _mark(self) -> tuple[Any, ...]:
         pointers = [tensor.data_ptr() for tensor in self.tensors]
@@ -83,9 +84,9 @@ class StepPlan:
         if not isinstance(first, SelectiveMLP):
             raise Unplanned("mlp is not a SelectiveMLP")
         self.sizes = norms[0][0].weight.numel(), first.num_units, *heads
-        self.dtype = first._layers().down.weight.dtype
-        if self.dtype not in (torch.float32, torch.bfloat16):
-            raise Unplanned(f"weights are {self.dtype}, not float32 or bfloat16")
+        self.dtype = first._served_down(first._layers()).rows.dtype
+        if self.dtype not in LIKE:
+            raise Unplanned(f"weights are {self.dtype}, not float32 or bfloat16, and have no int8 rows")
         rows = []
         for number, layer in enumerate(layers):
             try:
@@ -114,7 +115,7 @@ class StepPlan:
     def _layer(self, layer: Any, norms: tuple[Any, Any]) -> list[int]:
         d, n, heads, shared, width = self.sizes
         attention, inner, outer = layer.self_attn, heads * width, shared * width
-        _gather([part.weight for part in layer.modules() if isinstance(part, nn.Linear)])
+        _gather(_codes(layer) if self.dtype is torch.int8 else _weights(layer))
         found = []
         for name, shape in (("q", (d, inner)), ("k", (d, outer)), ("v", (d, outer)), ("o", (inner, d))):
             found += self._linear(f"{name}_proj", getattr(attention, f"{name}_proj"), shape)
@@ -122,12 +123,12 @@ class StepPlan:
         return found + [self._vector(norm.weight, d) for norm in norms]
 
     def _linear(self, name: str, layer: Any, shape: tuple[int, int]) -> list[int]:
-        """Addresses in the order WEIGHT, CUT, CENTRE, REST, RAN."""
+        """Addresses from WEIGHT to RAN."""
         if type(layer) is not SelectiveLinear:
             raise Unplanned(f"{name} is not a SelectiveLinear")
         selector = _threshold(name, layer)
         return [
-            self._bank(name, _rows.by_input(layer), shape),
+            *self._bank(name, layer._served(), shape),
             self._vector(selector.cut, shape[0]),
             self._vector(selector.centre, shape[0]),
             self._vector(layer._rest(), shape[1]),
@@ -147,8 +148,8 @@ class StepPlan:
         bias = None if layers.up.bias is None else layers.up.bias.detach().float()
         return [
             *self._linear("gate", layers.gate, (d, n)),
-            self._bank("up", layers.up.weight, (n, d)),
-            self._bank("down", _rows.by_input(layers.down), (n, d)),
+            *self._bank("up", mlp._served_up(layers.up.weight), (n, d)),
+            *self._bank("down", mlp._served_down(layers), (n, d)),
             self._vector(bias, n),
             self._vector(selector.cut, n),
             self._vector(selector.cut_out, n),
@@ -159,11 +160,13 @@ class StepPlan:
             self._at(mlp.ran),
         ]
 
-    def _bank(self, name: str, rows: Tensor, shape: tuple[int, int]) -> int:
+    def _bank(self, name: str, bank: Bank, shape: tuple[int, int]) -> tuple[int, int]:
+        """The addresses of the rows and of their scales."""
+        rows = bank.rows
         if rows.dtype != self.dtype or rows.shape != shape or not rows.is_contiguous():
             want = f"{list(shape)}, contiguous, {self.dtype}"
             raise Unplanned(f"{name}'s rows must be {want}; got {list(rows.shape)}, {rows.dtype}")
-        return self._at(rows)
+        return self._at(rows), self._vector(bank.scale, shape[0])
 
     def _vector(self, vector: Tensor | None, size: int) -> int:
         """The address of float32 [size], a copy of it where it is of another type; 0 for none or an empty one."""
@@ -179,6 +182,22 @@ class StepPlan:
         # Another tensor of the same memory: a parameter may be given new memory.
         self.keep.append(tensor.detach())
         return tensor.data_ptr()
+
+
+def _weights(layer: Any) -> list[Tensor]:
+    return [part.weight for part in layer.modules() if isinstance(part, nn.Linear)]
+
+
+def _codes(layer: Any) -> list[Tensor]:
+    """The int8 rows that the modules of a layer keep."""
+    found: list[Tensor] = []
+    for part in layer.modules():
+        if isinstance(part, SelectiveLinear) and part.rows is not None:
+            found.append(part._served().rows)
+        elif isinstance(part, SelectiveMLP) and part.gated and part.rows is not None:
+            layers = part._layers()
+            found += [bank.rows for bank in (part._served_up(layers.up.weight), part._served_down(layers))]
+    return found
 
 
 def _gather(weights: list[Tensor]) -> None:

@@ -141,10 +141,9 @@ def _length(cache: Any, layers: int) -> int:
 
     if type(cache) is not DynamicCache or len(cache.layers) != layers:
         return 0
-    for layer in cache.layers:
-        if type(layer) is not DynamicLayer or not layer.is_initialized or layer.keys.dim() != 4 or len(layer.keys) != 1:
-            return 0
-    return cache.layers[0].keys.shape[2]
+    if any([type(layer) is not DynamicLayer or layer.keys is None or len(layer.keys) != 1 for layer in cache.layers]):
+        return 0
+    return cache.get_seq_length()
 
 
 def _room(cache: Any, length: int) -> Tensor:

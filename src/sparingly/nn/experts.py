@@ -65,6 +65,7 @@ class SelectiveExperts(Selective):
     """
 
     selector: Threshold
+    takes_int8 = False
 
     def __init__(self, original: nn.Module, form: ExpertForm, selector: Threshold, per_token: int = 1):
         super().__init__()
@@ -131,12 +132,8 @@ class SelectiveExperts(Selective):
         """See :meth:`Selective.operators`."""
         return ("gather_dot", "gather_accumulate")
 
-    def unit_bytes(self) -> int:
-        """Bytes of one unit's weights in the matrices that skip."""
-        return sum(self._unit_bytes())
-
-    def _unit_bytes(self) -> tuple[int, int]:
-        """Bytes of one unit's weights: those read before the second cut, and after."""
+    def _unit_bytes(self, kind: str | None) -> tuple[int, int]:
+        """In the matrices that skip; there are no int8 rows."""
         size = self._down.element_size()
         return size * self._in_features * int(self.gated), size * self._out_features
 
@@ -146,7 +143,7 @@ class SelectiveExperts(Selective):
 
     def bytes_read(self, first: float, second: float) -> float:
         """See :meth:`Selective.bytes_read`."""
-        before, after = self._unit_bytes()
+        before, after = self._unit_bytes(None)
         return self.fixed_bytes() + before * first + after * second
 
     @property

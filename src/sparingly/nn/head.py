@@ -167,7 +167,7 @@ class SelectiveHead(nn.Module):
         # In blocks: a float32 copy of the whole bank would be four times what is made.
         for part in torch.arange(self.num_classes, device=self.weight.device).split(65536):
             block = slice(int(part[0]), int(part[-1]) + 1)
-            rows[block], scale[block] = int8_rows(self.weight[block].float())
+            rows[block], scale[block] = int8_rows(self.weight[block])
         head = SelectiveHead(
             self.in_features,
             self.num_classes,

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparingly.nn import _rows
+from sparingly.nn._int8 import Bank, row_bytes
 from sparingly.nn.sample import Option, Sample
 from sparingly.nn.selective import (
     GRADIENTS,
+    LEARNS,
     MANY,
     MOST_TOKENS,
     Selective,
@@ -72,9 +74,9 @@ class SelectiveInputs(Selective):
         """See :meth:`Selective.operators`."""
         return ("threshold_accumulate",)
 
-    def unit_bytes(self) -> int:
-        """Bytes of one input channel's weights."""
-        return self.out_features * self.weight.element_size()
+    def _unit_bytes(self, kind: str | None) -> tuple[int, int]:
+        """An input channel's."""
+        return row_bytes(self.out_features, self.weight, kind), 0
 
     def fixed_bytes(self) -> int:
         """Bytes of the bias."""
@@ -96,13 +98,22 @@ class SelectiveInputs(Selective):
             self._note(idle, tokens)
             return self._product(x)
         many, half = tokens > MOST_TOKENS, torch.float16 in (x.dtype, self.weight.dtype)
-        if many or half or needs_gradient(x, self.weight, self.bias):
-            self._note(MANY if many else _rows.HALF if half else GRADIENTS, tokens)
+        learns = needs_gradient(x, self.weight, self.bias)
+        if learns and self._kind is not None:
+            self._note(LEARNS, tokens)
             return self._product(selector.masked(x))
+        if many or half or learns:
+            self._note(MANY if many else _rows.HALF if half else GRADIENTS, tokens)
+            return F.linear(selector.masked(x), self._served().values(self.weight.dtype).t(), self.bias)
         flat = selector.centred(x.reshape(tokens, self.in_features))
-        rows = self.weight if self.transposed else self.weight.t()
-        sums = threshold_accumulate(flat, rows, selector.cut, None, self._rest(), self.ran)
+        rows, scale = self._served()
+        sums = threshold_accumulate(flat, rows, selector.cut, scale, self._rest(), self.ran)
         return sums.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _served(self) -> Bank:
+        """The rows that run, one for each input channel: [in_features, out_features]."""
+        rows = self.weight if self.transposed else self.weight.t()
+        return Bank(rows, None) if self._kind is None else self._kept("int8", lambda: Bank.int8(rows), self.weight)
 
     def _rest(self) -> Tensor | None:
         """What a token starts from, float32 [out_features]: the bias, and every channel at its centre."""
@@ -112,7 +123,7 @@ class SelectiveInputs(Selective):
 
         def make() -> Tensor:
             start = torch.zeros(self.out_features, device=centre.device) if self.bias is None else self.bias.float()
-            return start + centre @ _rows.by_input(self).float() if centre.numel() else start
+            return start + centre @ self._served().values(torch.float32) if centre.numel() else start
 
         return self._kept("rest", make, self.weight, self.bias, centre)
 
@@ -128,7 +139,8 @@ class SelectiveLinear(SelectiveInputs, nn.Linear):
 
     Input channels that its selector does not keep count as zero. One token at a time, their weights are not read:
     the weight keeps its shape and name, but one input channel is one contiguous row of its memory. Many tokens, or
-    gradients, take one dense product of the kept values: the same result to rounding, at the dense cost.
+    gradients, take one dense product of the kept values: the same result to rounding, at the dense cost. With
+    ``rows = "int8"`` one token and many run from the same rounded rows; gradients are those of the weights as they are.
 
     Made by :meth:`from_dense`; :meth:`dense` gives the original back.
     """

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparingly.nn import _rows
-from sparingly.nn._int8 import int8_rows
+from sparingly.nn._int8 import Bank, row_bytes
 from sparingly.nn.sample import Option, Sample
 from sparingly.nn.selective import (
     GRADIENTS,
+    LEARNS,
     MANY,
     MOST_TOKENS,
     Activation,
@@ -27,7 +28,7 @@ from sparingly.selectors import Selector
 from sparingly.selectors.lowrank import LowRank
 from sparingly.selectors.threshold import Threshold
 
-WRAPPED = "a layer inside was replaced by another kind: the layers themselves run"
+WRAPPED = "a layer inside was replaced by another kind: the layers themselves run, with their own weights"
 
 
 class SelectiveMLP(Selective):
@@ -36,6 +37,10 @@ class SelectiveMLP(Selective):
     With a :class:`Threshold` every unit's activation is computed (the gate's, where there is one) and only the units
     that pass run in the other matrices. With a selector that looks at the input (``LowRank``, ``Random``) only its
     units run in any of them. Many tokens, or gradients, take dense products of the same selection.
+
+    With ``rows = "int8"``, which needs a Threshold, the matrices that skip run from int8 rows, for one token and for
+    many. A first matrix that computes every activation stays as it is, unless it is a selective layer of its own with
+    such rows. Gradients are those of the weights as they are.
 
     Args:
         original: the module to stand in for; its child modules become this one's.
@@ -124,16 +129,16 @@ class SelectiveMLP(Selective):
             return ("gather_dot", "gather_accumulate")
         return ("gated_rows",) if self.gated else ("threshold_accumulate",)
 
-    def unit_bytes(self) -> int:
-        """Bytes of one unit's weights in the matrices that skip."""
-        first, second = self._unit_bytes()
-        return first + second
+    @property
+    def takes_int8(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See :class:`Selective`."""
+        return self.on_activation
 
-    def _unit_bytes(self) -> tuple[int, int]:
-        """Bytes of one unit's weights: those read before the second cut, and after."""
-        size = self.get_submodule(self._names[2]).weight.element_size()  # pyright: ignore
+    def _unit_bytes(self, kind: str | None) -> tuple[int, int]:
+        """In the matrices that skip."""
+        weight: Any = self.get_submodule(self._names[2]).weight
         ups = int(self.gated) if self.on_activation else 1 + int(self.gated)
-        return size * ups * self._in_features, size * self._out_features
+        return ups * row_bytes(self._in_features, weight, kind), row_bytes(self._out_features, weight, kind)
 
     def fixed_bytes(self) -> int:
         """Bytes that every token reads: the matrix that computes every activation, unless it is a selective layer of
@@ -152,7 +157,7 @@ class SelectiveMLP(Selective):
 
     def bytes_read(self, first: float, second: float) -> float:
         """See :meth:`Selective.bytes_read`."""
-        before, after = self._unit_bytes()
+        before, after = self._unit_bytes(self.rows)
         # Without a second cut all that run do so to the end.
         return self.fixed_bytes() + before * first + after * (second if self.gated and self.on_activation else first)
 
@@ -177,11 +182,14 @@ class SelectiveMLP(Selective):
             self._note(idle, tokens)
             return self._product(x, None)
         layers = self._layers()
+        learns = torch.is_grad_enabled() and needs_gradient(x, *self.parameters())
         if not all(_plain(layer) for layer in self._read(layers)):
             reason = WRAPPED
+        elif learns and self._kind is not None:
+            reason = LEARNS
         elif tokens > MOST_TOKENS:
             reason = MANY
-        elif torch.is_grad_enabled() and needs_gradient(x, *self.parameters()):
+        elif learns:
             reason = GRADIENTS
         elif torch.float16 in (x.dtype, layers.down.weight.dtype):
             reason = _rows.HALF
@@ -190,7 +198,9 @@ class SelectiveMLP(Selective):
             out = run(layers, x.reshape(tokens, self._in_features)).to(x.dtype)
             return out.view(*x.shape[:-1], self._out_features)
         self._note(reason, tokens)
-        return self._product(x, self.selector)
+        if self._kind is None or reason in (WRAPPED, LEARNS):
+            return self._product(x, self.selector)
+        return self._rounded_product(layers, x)
 
     def _layer(self, name: str) -> nn.Module | None:
         child = self._modules.get(name)
@@ -291,23 +301,48 @@ class SelectiveMLP(Selective):
             hidden = torch.where(kept.view(hidden.shape), hidden, 0.0)
         return layers.down(hidden)
 
+    def _rounded_product(self, layers: _Layers, x: Tensor) -> Tensor:
+        """:meth:`_product` of what int8 rows stand for."""
+        assert isinstance(self.selector, Threshold)
+        rows, dtype = self._rows(layers), layers.down.weight.dtype
+        hidden, factor = self._values(layers, rows, x), None
+        if self.gated:
+            weight, bias = rows[1]
+            factor = F.linear(x, self._served_up(weight).values(dtype), bias)
+        hidden = self.selector.masked(hidden, factor)
+        hidden = hidden if factor is None else hidden * factor
+        return F.linear(hidden, self._served_down(layers).values(dtype).t(), layers.down.bias)
+
+    def _served_up(self, up: Tensor) -> Bank:
+        """The rows [units, in_features] that run of the weight ``up`` of a gated layer."""
+        return Bank(up, None) if self._kind is None else self._kept("int8 up", lambda: Bank.int8(up), up)
+
+    def _served_down(self, layers: _Layers) -> Bank:
+        """The rows [units, out_features] that run of ``down``."""
+        down = _rows.by_input(layers.down)
+        if self._kind is None:
+            return Bank(down, None)
+        return self._kept("int8 down", lambda: Bank.int8(down), layers.down.weight)
+
     def _run_activated(self, layers: _Layers, x: Tensor) -> Tensor:
         """Every activation, then the units that pass: x [tokens, in_features] -> [tokens, out_features]."""
         assert isinstance(self.selector, Threshold)
-        selector, down = self.selector, _rows.by_input(layers.down)
-        rows = self._rows(layers)
+        selector, rows = self.selector, self._rows(layers)
+        down, down_scale = self._served_down(layers)
         values = selector.centred(self._values(layers, rows, x))
-        start = self._rest(layers, rows[1].bias if rows[0] is not None else None)
-        if rows[0] is None:
-            return threshold_accumulate(values, down, selector.cut, None, start, self.ran)
+        start = self._rest(layers, rows[1].bias if self.gated else None)
+        if not self.gated:
+            return threshold_accumulate(values, down, selector.cut, down_scale, start, self.ran)
         weight, bias = rows[1]
+        up, up_scale = self._served_up(weight)
         cut_out = selector.cut_out if selector.cut_out.numel() else None
-        args = (values, x, weight, down, selector.cut, cut_out, _float(bias), None, None, start, self.ran)
+        args = (values, x, up, down, selector.cut, cut_out, _float(bias), up_scale, down_scale, start, self.ran)
         out = gated_rows(*args)
         if not selector.centre.numel():
             return out
         codes, scale = self._resting(layers, weight)
-        return out + threshold_accumulate(x, codes, torch.zeros_like(scale), scale, None, torch.zeros_like(self.ran))
+        every = codes.new_zeros(codes.shape[0], dtype=torch.float32)
+        return out + threshold_accumulate(x, codes, every, scale, None, torch.zeros_like(self.ran))
 
     def _rest(self, layers: _Layers, bias: Tensor | None) -> Tensor | None:
         """What a token starts from, float32 [out_features]: the bias, and all that units at their centre add to it.
@@ -321,19 +356,20 @@ class SelectiveMLP(Selective):
 
         def make() -> Tensor:
             constant = centre * bias if self.gated and bias is not None else centre
-            rest = constant.float() @ _rows.by_input(down).float()
+            rest = constant.float() @ self._served_down(layers).values(torch.float32)
             return rest if down.bias is None else rest + down.bias.float()
 
         return self._kept("rest", make, down.weight, down.bias, bias, centre)
 
-    def _resting(self, layers: _Layers, up: Tensor) -> tuple[Tensor, Tensor]:
+    def _resting(self, layers: _Layers, up: Tensor) -> Bank:
         """What units at their centre add to a token, a linear map of its input: int8 [in_features, out_features] and
         a scale float32 for each input. In int8 it loses nothing that shows, and every token reads all of it."""
         assert isinstance(self.selector, Threshold)
         centre = self.selector.centre
 
-        def make() -> tuple[Tensor, Tensor]:
-            return int8_rows((up.float() * centre[:, None]).t() @ _rows.by_input(layers.down).float())
+        def make() -> Bank:
+            first, last = (bank.values(torch.float32) for bank in (self._served_up(up), self._served_down(layers)))
+            return Bank.int8((first * centre[:, None]).t() @ last)
 
         return self._kept("resting", make, up, layers.down.weight, centre)
 

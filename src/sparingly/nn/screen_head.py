@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparingly.nn._int8 import Bank, row_bytes
 from sparingly.nn.sample import Option, Sample
 from sparingly.nn.selective import GRADIENTS, OFF, STALE, UNFITTED, Selective, needs_gradient
 from sparingly.ops._views import LIKE
@@ -30,6 +31,8 @@ class ScreenHead(Selective, nn.Linear):
     One dense product runs instead, and is counted with its reason in ``why_dense``, where gradients are recorded,
     before :meth:`Screen.fit`, once the weights are other ones than then, and for tensors that the compiled screen does
     not take. However many tokens come at once, each is screened: on the CPU that stays cheaper than the dense product.
+
+    With ``rows = "int8"`` exact logits are those of int8 rows; a dense product is always that of the weight as it is.
 
     Attributes:
         always: screen on every device and dtype, in PyTorch where there is no compiled screen; same results.
@@ -72,9 +75,10 @@ class ScreenHead(Selective, nn.Linear):
         """Classes."""
         return self.out_features
 
-    def unit_bytes(self) -> int:
-        """Bytes of one class's row."""
-        return self.in_features * self.weight.element_size() + (0 if self.bias is None else self.bias.element_size())
+    def _unit_bytes(self, kind: str | None) -> tuple[int, int]:
+        """A class's."""
+        bias = 0 if self.bias is None else self.bias.element_size()
+        return row_bytes(self.in_features, self.weight, kind) + bias, 0
 
     def fixed_bytes(self) -> int:
         """Bytes of the screen: all of it is read for each token."""
@@ -97,11 +101,12 @@ class ScreenHead(Selective, nn.Linear):
         # Screens do not take float16 inputs; its weights they do.
         weight = self.weight.float() if self.weight.dtype == torch.float16 else self.weight
         bias = None if self.bias is None else self.bias.to(weight.dtype)
+        rows, scale = (weight, None) if self._kind is None else self._served()
         test = (inputs[held_out] if held_out.any() else inputs)[:MEASURED_TOKENS].to(weight.dtype)
         exact = F.linear(test, weight, bias).float().log_softmax(dim=1)
 
         def cost(setting: int) -> tuple[float, float, float]:
-            screened = self.selector.logits(test, weight, bias).float().log_softmax(dim=1)
+            screened = self.selector.logits(test, rows, bias, scale).float().log_softmax(dim=1)
             loss = F.kl_div(screened, exact, reduction="batchmean", log_target=True)
             kept = min(setting, self.num_units)
             return float(loss), kept, kept
@@ -119,11 +124,21 @@ class ScreenHead(Selective, nn.Linear):
         if torch.compiler.is_compiling():
             keep = min(selector.setting, self.num_units)
             buffers = (selector.projection, selector.offset, selector.codes, selector.shift)
-            logits = _screen_logits(flat, self.weight, self.bias, *buffers, keep)
+            logits = _screen_logits(flat, *self._served(), self.bias, *buffers, keep)
         else:
-            logits = selector.logits(flat, self.weight, self.bias)
+            logits = self._screened(flat)
         self._count(tokens, tokens * min(selector.setting, self.num_units))
         return logits.to(hidden.dtype).view(*hidden.shape[:-1], self.out_features)
+
+    def _screened(self, hidden: Tensor) -> Tensor:
+        """hidden [tokens, in_features] -> logits [tokens, out_features], float32."""
+        rows, scale = self._served()
+        return self.selector.logits(hidden, rows, self.bias, scale)
+
+    def _served(self) -> Bank:
+        """The rows [out_features, in_features] of which exact logits are."""
+        weight = self.weight
+        return Bank(weight, None) if self._kind is None else self._kept("int8", lambda: Bank.int8(weight), weight)
 
     def _count(self, tokens: int, units: int) -> None:
         # Of the 200 us that a token takes, two additions to elements of a tensor would be 8.
@@ -154,7 +169,8 @@ class ScreenHead(Selective, nn.Linear):
 @torch.library.custom_op("sparingly::screen_logits", mutates_args=())
 def _screen_logits(
     hidden: Tensor,
-    weight: Tensor,
+    rows: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     projection: Tensor,
     offset: Tensor,
@@ -163,9 +179,9 @@ def _screen_logits(
     keep: int,
 ) -> Tensor:
     """:meth:`Screen.logits` as one operator, so that ``torch.compile`` and ``torch.export`` see through it."""
-    return screen_states(Fitted(projection, offset, codes, shift), hidden, weight, bias, keep)
+    return screen_states(Fitted(projection, offset, codes, shift), hidden, rows, scale, bias, keep)
 
 
 @_screen_logits.register_fake
-def _(hidden, weight, bias, projection, offset, codes, shift, keep):
-    return hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=torch.float32)
+def _(hidden, rows, scale, bias, projection, offset, codes, shift, keep):
+    return hidden.new_empty((hidden.shape[0], rows.shape[0]), dtype=torch.float32)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparingly.nn._int8 import check_kind
 from sparingly.nn.sample import Option, Sample
 from sparingly.ops._arrays import as_numpy
 from sparingly.selectors import Selector
@@ -21,7 +22,10 @@ OFF = "selection is switched off"
 UNFITTED = "not calibrated: every unit runs"
 STALE = "weights changed since the selector was fitted to them, calibrate again: every unit runs"
 GRADIENTS = "gradients are recorded: one dense product of the selected values"
+LEARNS = "gradients are recorded: one dense product of the selected values with the weights, not with their int8 rows"
 MANY = "many tokens at once use nearly every unit: one dense product of the selected values"
+
+NO_INT8 = "int8 rows are for linear layers, output layers, and MLPs or their second layers with a threshold"
 
 MOST_TOKENS = 4
 """Up to so many tokens are served one by one; beyond, their units together are nearly all of them."""
@@ -46,6 +50,8 @@ class Selective(nn.Module):
     """Whether it wants gradients too."""
     of_mlp = False
     """True for the second layer of an MLP whose layers have no module of their own."""
+    takes_int8 = True
+    """Whether ``rows`` may be "int8"."""
 
     def _begin(self, original: nn.Module, selector: Selector) -> None:
         # In a tuple, so that the original is no submodule: its parameters are here already.
@@ -54,6 +60,7 @@ class Selective(nn.Module):
         self.register_buffer("ran", torch.zeros(4, dtype=torch.int64), persistent=False)
         self.why_dense: dict[str, int] = {}
         self.off = False
+        self._kind: str | None = None
         self._made: dict[str, _Kept] = {}
         self._holds = True
 
@@ -61,6 +68,25 @@ class Selective(nn.Module):
     def num_units(self) -> int:
         """How many units a token has to choose from."""
         raise NotImplementedError
+
+    @property
+    def rows(self) -> str | None:
+        """What selected units run from: None, the weights as they are, or "int8", the same rounded, with a float32
+        scale for each unit's row.
+
+        The weights stay: dense answers and training are theirs, and int8 rows are made anew once they have changed.
+        Setting it raises ValueError for another value, or for a layer that has no such rows.
+        """
+        return self._kind
+
+    @rows.setter
+    def rows(self, kind: str | None) -> None:
+        check_kind(kind)
+        if kind is not None and not self.takes_int8:
+            got = f"{type(self).__name__} with {type(self.selector).__name__}"
+            raise ValueError(f"rows must be None here, got {kind!r}: {NO_INT8}; this is {got}")
+        self._kind = kind
+        self._made.clear()
 
     def dense(self) -> nn.Module:
         """The layer that this one stands in for, with today's weights and their memory as it was."""
@@ -71,7 +97,15 @@ class Selective(nn.Module):
         return ()
 
     def unit_bytes(self) -> int:
-        """Bytes of weights that one unit reads when it runs."""
+        """Bytes of weights that one unit reads when it runs, in int8 rows where it runs from them."""
+        return sum(self._unit_bytes(self.rows))
+
+    def dense_bytes(self) -> int:
+        """Bytes of weights for a token of which every unit runs from the weights as they are."""
+        return self.fixed_bytes() + self.num_units * sum(self._unit_bytes(None))
+
+    def _unit_bytes(self, kind: str | None) -> tuple[int, int]:
+        """Bytes of one unit's rows of this kind: those read before a second cut, and after."""
         raise NotImplementedError
 
     def fixed_bytes(self) -> int:

@@ -249,12 +249,14 @@ def _for_compiled(hidden: Tensor, bank: Tensor) -> bool:
     return on_cpu and bank.dtype in LIKE and hidden.dtype != torch.float64
 
 
-def screen_states(fitted: Fitted, hidden: Tensor, bank: Tensor, bias: Tensor | None, keep: int) -> Tensor:
+def screen_states(
+    fitted: Fitted, hidden: Tensor, bank: Tensor, scale: Tensor | None, bias: Tensor | None, keep: int
+) -> Tensor:
     """:meth:`Screen.logits` from its buffers."""
     if _for_compiled(hidden, bank) and fitted.codes.is_cpu:
         views = tuple(as_numpy(buffer.contiguous()) for buffer in fitted)
-        return _compiled(views, hidden, bank, bias, None, 0, keep, True).logits
-    return _reference(fitted, hidden, bank, bias, None, 0, keep).logits.float()
+        return _compiled(views, hidden, bank, bias, scale, 0, keep, True).logits
+    return _reference(fitted, hidden, bank, bias, scale, 0, keep).logits.float()
 
 
 def _compiled(

@@ -21,9 +21,12 @@ class PlannedDecoder(Decoder):
 
     For what ``sp.convert_(model)`` and ``sp.calibrate`` leave: query, key, value, output and gate are fitted
     :class:`SelectiveLinear`, the MLP a gated :class:`SelectiveMLP` with silu and a fitted :class:`Threshold`; weights
-    all float32 or all bfloat16, one thread. A fitted :class:`ScreenHead` is called as it is. Prompts, any other
-    network, and tokens that a ledger counts take the modules' path of :class:`Decoder`; ``why_modules`` says why.
+    all float32, all bfloat16 or all with int8 rows, one thread. A fitted :class:`ScreenHead` is called as it is.
+    Prompts, any other network, and tokens that a ledger counts take the modules' path of :class:`Decoder`;
+    ``why_modules`` says why.
     Activations are float32 throughout, also where the weights are bfloat16, which the modules' path rounds between.
+    Int8 rows are those that the modules keep; where the weights change through ``.data``, which PyTorch does not count,
+    they stay as they were.
 
     Weights and thresholds are read where the modules keep them. A setting or ``off`` that changes is noticed with the
     next token; weights, modules and hooks of a layer with the next prompt. Modules' ``ran`` counts go on; forward hooks
@@ -88,4 +91,4 @@ class PlannedDecoder(Decoder):
         if not isinstance(head, ScreenHead) or hooked or head._why_dense(x) is not None:
             return self.head(x).float()
         head._count(1, min(head.selector.setting, head.num_units))
-        return head.selector.logits(x, head.weight, head.bias)
+        return head._screened(x)
