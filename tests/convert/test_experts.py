@@ -169,3 +169,15 @@ def test_layers_of_experts_apart_are_reported():
     )
     with pytest.raises(ValueError, match="one layer of all experts by itself"):
         sp.convert_(model, sp.Threshold(0.0))
+
+
+def test_experts_have_no_int8_rows_and_are_left_alone_with_the_reason():
+    model = tiny("Mixtral", {"num_local_experts": 4, "num_hidden_layers": 1})
+    changes = sp.convert_(model, rows="int8")
+    skipped = {skip.path for skip in changes.skipped if "int8 rows are for" in skip.reason}
+    assert skipped == {"model.layers.0.mlp.experts"}
+    assert "lm_head" in {change.path for change in changes.changed}
+    sp.restore_(model)
+    sp.convert_(model, where="mlp")
+    with pytest.raises(ValueError, match="this is SelectiveExperts with Threshold"):
+        model.model.layers[0].mlp.experts.rows = "int8"

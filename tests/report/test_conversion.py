@@ -86,6 +86,20 @@ def test_the_headline_is_the_smallest_ruler_of_all_precisions():
     assert "2 counted as 10 times" in conversion.contract(workload())
 
 
+def test_what_int8_rows_lose_stands_beside_their_saving():
+    assert not any("int8" in row[0] for row in conversion.summary(workload())[0].rows)
+    pair = {
+        "n": 16,
+        "dense": {"value": 20.0},
+        "selective": {"value": 20.4},
+        "drop": {"value": 0.02, "lo": 0, "hi": 0.1},
+    }
+    decode = {"saving_int8": {"cpu_s": {"value": 1.2, "lo": 1.1, "hi": 1.3}}, "quality_int8": pair}
+    quality, saved, *_ = conversion.summary(workload(inference={"decode": decode}))
+    assert ("16 of them, int8 rows", "20", "20.4") in [row[:3] for row in quality.rows]
+    assert [row[0] for row in saved.rows] == ["int8"]
+
+
 def test_a_contract_that_nothing_kept_is_said():
     made = workload(contract=RAW["workloads"]["smollm"]["contract"] | {"setting": None, "drop": None, "upper": None})
     assert "stays dense" in conversion.headline(made)

@@ -102,6 +102,8 @@ def tables(workload: Workload) -> list[Table]:
 def _quality(workload: Workload) -> Table:
     quality = workload.raw.get("quality") or {}
     parts = {"all": quality} | {name: entry for name, entry in quality.items() if _is_pair(entry)}
+    int8 = ((workload.raw.get("inference") or {}).get("decode") or {}).get("quality_int8") or {}
+    parts |= {f"{int8.get('n')} of them, int8 rows": int8}
     rows = []
     for name, entry in parts.items():
         if not _is_pair(entry):
