@@ -10,7 +10,8 @@ from sparingly.report.result import RULERS, Interval, Workload
 from sparingly.report.text import percent, percent_interval, times, times_interval
 
 PRECISIONS = {"saving": "fp32", "saving_bf16": "bf16", "saving_int8": "int8"}
-JOBS = {"decode": "", "batch_1": "one at a time, ", "best_batch": "best batches, ", "description": "one long text, "}
+JOBS = {"decode": "", "generate": "by generate(), ", "batch_1": "one at a time, ", "best_batch": "best batches, "}
+JOBS |= {"description": "one long text, "}
 """Keys of ``inference`` and what stands before their precision: for one decoded token, or one text of an encoder."""
 
 

@@ -16,7 +16,7 @@ from sparingly.report.provenance import energy_rows, energy_value, machine_line,
 from sparingly.report.result import JOBS, RULERS, Report, Saving, Workload, load, number
 from sparingly.report.text import percent_interval, seconds, times, times_interval
 
-RESULTS = (Path("benchmarks/results/spell.json"), Path("benchmarks/results/smollm.json"))
+RESULTS = tuple(Path(f"benchmarks/results/{name}.json") for name in ("spell", "smollm", "minilm", "relu"))
 README = Path("README.md")
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
@@ -71,7 +71,24 @@ def converted(reports: Sequence[Report]) -> str:
     return "\n".join([*lines, f"Measured on {machine_line(report.machine)}; {versions_line(report)}."]) + "\n"
 
 
-BLOCKS: dict[str, Callable[[Sequence[Report]], str]] = {"table": table, "batching": batching, "converted": converted}
+def others(reports: Sequence[Report]) -> str:
+    """Further converted networks in a paragraph each: contract, smallest saving, losses, commit."""
+    found = [(report, one) for report in reports for one in report.workloads if conversion.is_conversion(one)]
+    lines = []
+    for report, workload in found[1:]:
+        lost = conversion.losses(workload)
+        told = [f"**{workload.title}**: {conversion.contract(workload)}", conversion.headline(workload).rstrip(".")]
+        told += [f"Where it loses: {'; '.join(lost)}"] if lost else []
+        lines.append(f"- {'. '.join(told)}. Commit {str(report.raw.get('commit'))[:12]}.")
+    return "\n".join(lines or ["No other network was measured."]) + "\n"
+
+
+BLOCKS: dict[str, Callable[[Sequence[Report]], str]] = {
+    "table": table,
+    "batching": batching,
+    "converted": converted,
+    "others": others,
+}
 
 
 def _quality(workload: Workload) -> Iterator[list[str]]:

@@ -193,6 +193,25 @@ class SmolLM:
             result[f"engine{suffix}"] = f"{dense!r}, 1 thread"
         return result | {"quality_int8": self._quality_int8()}
 
+    def generate(self) -> dict[str, Any]:
+        """Dense ÷ selective processor time of 32 tokens by transformers' own ``generate()``, after 16, one thread."""
+        self.say("decoding by generate()", None)
+        ids, new = self.windows("held_out", "prose", 1)[:, :16], 32
+
+        def write(model: Any) -> None:
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False
+            )
+
+        spent = _in_turns((self.dense, self.selective), lambda _: None, write, self.mode.rounds) / new
+        return {
+            "saving": {"cpu_s": _ratio(spent)},
+            "dense_cpu_s": float(np.median(spent[0])),
+            "selective_cpu_s": float(np.median(spent[1])),
+            "engine": "transformers' generate() on both sides, 1 thread",
+            "runs": explain(self.selective).decoding,
+        }
+
     def _quality_int8(self) -> dict[str, Any]:
         """Perplexity of the dense network in fp32, and of the selective one with int8 rows, on some held-out windows of
         both kinds."""
@@ -306,7 +325,7 @@ class SmolLM:
             "continuations": part("continuations", self.continuations),
             "contract": made["contract"],
             "calibration_cpu_s": made["cpu_s"],
-            "inference": {"decode": part("decode", self.decode)},
+            "inference": {"decode": part("decode", self.decode), "generate": part("generate", self.generate)},
             "head": part("head", self.head),
             "layers": part("layers", self.layers),
             **({"controls": part("controls", self.controls)} if self.mode.name != "quick" else {}),
