@@ -24,7 +24,8 @@ class Layer:
 
     ``share_run``: share of its units that ran, 0..1, None before the first token; ``tokens``: how many came,
     ``dense_tokens``: of these, how many took one dense product; ``why_dense``: reason -> tokens.
-    ``size_bytes``: weights read per token so far, None before the first; ``dense_bytes``: when every unit runs.
+    ``size_bytes``: weights read per token so far, None before the first; ``dense_bytes``: when every unit runs. The
+    pixels of an image read the rows of a convolution together: there it is all of them for the image.
     """
 
     name: str
@@ -90,7 +91,7 @@ def explain(model: nn.Module) -> Explanation:
         tokens, units, dense, passed = layer.ran.tolist()
         share = layer.share_run()
         whole = layer.fixed_bytes() + layer.num_units * layer.unit_bytes()
-        alone = layer.bytes_read(units / tokens, passed / tokens) if tokens else 0.0
+        alone = layer.bytes_read(units / tokens, passed / tokens) if tokens and not layer.reads_together else whole
         read = None if share is None else (tokens * alone + dense * whole) / (tokens + dense)
         rows.append(
             Layer(
