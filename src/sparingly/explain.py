@@ -27,7 +27,8 @@ class Layer:
     ``dense_tokens``: of these, how many took one dense product; ``why_dense``: reason -> tokens.
     ``rows``: what selected units run from, "int8", or None for the weights as they are.
     ``size_bytes``: weights read per token so far, None before the first; ``dense_bytes``: when every unit runs from the
-    weights as they are.
+    weights as they are. The pixels of an image read the rows of a convolution
+    together: there it is all of them for the image.
     """
 
     name: str
@@ -102,7 +103,7 @@ def explain(model: nn.Module) -> Explanation:
         tokens, units, dense, passed = layer.ran.tolist()
         share = layer.share_run()
         whole = layer.dense_bytes()
-        alone = layer.bytes_read(units / tokens, passed / tokens) if tokens else 0.0
+        alone = layer.bytes_read(units / tokens, passed / tokens) if tokens and not layer.reads_together else whole
         read = None if share is None else (tokens * alone + dense * whole) / (tokens + dense)
         rows.append(
             Layer(

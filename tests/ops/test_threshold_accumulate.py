@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparingly.energy.ledger import count
 from sparingly.ops import fallbacks, threshold_accumulate
-from sparingly.ops.threshold_accumulate import OP, cpu
+from sparingly.ops.threshold_accumulate import OP, cpu, many
 from sparingly.ops.threshold_accumulate.reference import reference
 
 ROWS = [torch.float32, torch.bfloat16, torch.int8]
@@ -220,6 +220,84 @@ def test_the_ledger_holds_the_rows_that_ran(many_threads, dtype, threads):
     assert entry.bytes_read == kept * (67 * size + 4 * (dtype == torch.int8)) + 3 * 211 * 4 + 211 * 4 + 67 * 4
     assert entry.bytes_written == 3 * 67 * 4
     assert not ledger.unknown
+
+
+# Tokens, inputs and outputs of the kernel for many tokens: less than a block of 64 inputs and a tile of six vectors,
+# several, and what is left over; outputs that are a multiple of 16 and of 8 alone.
+MANY = [(8, 8, 8), (9, 200, 112), (40, 136, 24), (13, 64, 96), (17, 72, 208), (10, 128, 40)]
+
+
+@pytest.mark.parametrize("shape", MANY)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("group_bytes", [1, many.GROUP_BYTES])
+def test_many_tokens_equal_float64(monkeypatch, error, poisoned, shape, bias, group_bytes):
+    monkeypatch.setattr(many, "GROUP_BYTES", group_bytes)
+    case = Case(torch.float32, *shape)
+    case.bias = case.bias if bias else None
+    assert many.takes(shape[0], case.rows, None)
+    assert error(run(case), case.answer()) < TOLERANCE
+    assert case.ran.tolist() == [5 + shape[0], 7 + int(case.kept.sum()), 9, 2]
+
+
+@pytest.mark.parametrize("wrong", ["missing", "extra", "moved"])
+def test_many_tokens_notice_one_wrong_unit(error, wrong):
+    case = Case(torch.float32, 9, 200, 112)
+    expected = case.answer()
+    kept = case.kept[1]
+    unit = int((kept if wrong != "extra" else ~kept).nonzero()[4])
+    if wrong == "moved":
+        case.rows[unit] = case.rows[unit - 1].clone()
+    else:
+        case.cut[unit] = 100.0 if wrong == "missing" else 0.0
+    assert error(run(case), expected) > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("shape", MANY[1:4])
+def test_threads_share_many_tokens(many_threads, error, poisoned, shape, threads):
+    case = Case(torch.float32, *shape)
+    begun = many_threads(many, threads)
+    sums = run(case)
+    assert sorted(begun) == [(chunk, chunk + 1) for chunk in range(threads)]
+    assert error(sums, case.answer()) < TOLERANCE
+    assert case.ran.tolist() == [5 + shape[0], 7 + int(case.kept.sum()), 9, 2]
+
+
+def test_many_tokens_use_no_row_that_all_cut_and_keep_nan(poisoned):
+    case = Case(torch.float32, 9, 200, 112)
+    case.cut[::3] = float("inf")
+    clean = run(case)
+    case.rows[::3] = float("nan")
+    assert torch.equal(run(case), clean)
+    case.rows[::3] = 1.0
+    case.x[4, 3] = float("nan")
+    sums = run(case)
+    assert sums[4].isnan().all() and torch.equal(sums[:4], clean[:4])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_tokens_read_a_row_once(many_threads, threads):
+    case = Case(torch.float32, 9, 200, 112)
+    case.cut[::5] = float("inf")
+    many_threads(many, threads)
+    with count() as ledger:
+        run(case)
+    (entry,) = (entry for (name, _), entry in ledger.entries.items() if name == "sparingly::threshold_accumulate")
+    distinct = int(case.kept.any(0).sum())
+    assert (entry.calls, entry.macs, entry.other) == (1, int(case.kept.sum()) * 112, 9 * 200)
+    assert distinct <= 160 and entry.bytes_read == 4 * (distinct * 112 + 9 * 200 + 200 + 112)
+    assert entry.bytes_written == 9 * 112 * 4
+
+
+def test_many_tokens_of_sizes_that_go_one_by_one():
+    for shape, dtype in (((7, 64, 96), torch.float32), ((8, 60, 96), torch.float32), ((8, 64, 100), torch.float32)):
+        assert not many.takes(shape[0], Case(dtype, *shape).rows, None)
+    assert not many.takes(8, Case(torch.bfloat16, 8, 64, 96).rows, None)
+
+
+def test_opcheck_of_many_tokens():
+    case = Case(torch.float32, 8, 16, 8)
+    torch.library.opcheck(OP.definition, case.args())
 
 
 @pytest.mark.parametrize("dtype", ROWS)

@@ -73,10 +73,7 @@ def error(found: Any, wanted: Tensor) -> float:
 def test_kept_rows_against_float64(n: int, d: int, tokens: int):
     layer = layer_of(n, d, bias=tokens > 1)
     kept, x = Kept(layer), torch.randn(tokens, n) + 0.5
-    kept(x.numpy())
-    for room in kept._room[tokens]:
-        room.fill(np.nan if room.dtype == np.float32 else -1 if room.dtype != np.uint8 else 255)
-    found = kept(x.numpy()).copy()
+    found = kept(x.numpy())
     assert error(found, reference(layer, x)) < 1e-6
     # One kept unit less would show.
     unit = int(layer.selector.keeps(x)[0].nonzero()[0])
@@ -95,7 +92,7 @@ def test_kept_rows_count_what_ran_and_read_each_row_once():
         kept(x.numpy())
     assert layer.ran.tolist()[:2] == [6, int(keeps.sum())]
     assert ledger.macs == int(keeps.sum()) * 112
-    vectors = 4 * (x.numel() + 6 * 112 + 3 * 200)
+    vectors = 4 * (x.numel() + 6 * 112 + 2 * 200 + 112)
     assert ledger.bytes == int(keeps.any(0).sum()) * 112 * 4 + vectors
 
 
@@ -110,14 +107,14 @@ def test_an_unfitted_layer_and_one_that_is_off_run_every_row():
     layer, x = layer_of(64, 96), torch.randn(3, 64)
     wanted = torch.nn.functional.linear(x, layer.weight, layer.bias).detach().double()
     layer.off = True
-    assert error(Kept(layer)(x.numpy()).copy(), wanted) < 1e-6
+    assert error(Kept(layer)(x.numpy()), wanted) < 1e-6
     fresh = SelectiveLinear.from_dense(nn.Linear(64, 96), InputThreshold())
     wanted = torch.nn.functional.linear(x, fresh.weight, fresh.bias).detach().double()
-    assert error(Kept(fresh)(x.numpy()).copy(), wanted) < 1e-6
+    assert error(Kept(fresh)(x.numpy()), wanted) < 1e-6
 
 
 def test_sizes_and_dtypes_that_the_kernel_does_not_take():
-    for n, d in ((12, 32), (16, 24)):
+    for n, d in ((12, 32), (16, 20)):
         with pytest.raises(ValueError, match="divisible"):
             Kept(SelectiveLinear.from_dense(nn.Linear(n, d), InputThreshold()))
     with pytest.raises(ValueError, match="float32"):

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparingly.convert._find import Place, Skipped, find
+from sparingly.convert._find import find
+from sparingly.convert._place import Place, Skipped
 from sparingly.nn._int8 import check_kind
+from sparingly.nn.conv import SelectiveConv
 from sparingly.nn.decoding import compile_steps_, drop_steps_
 from sparingly.nn.experts import SelectiveExperts
 from sparingly.nn.linear import SelectiveLinear
 from sparingly.nn.mlp import SelectiveMLP
 from sparingly.nn.screen_head import ScreenHead
 from sparingly.nn.selective import NO_INT8, Selective, selective_modules
-from sparingly.selectors import InputThreshold, LowRank, Random, Screen, Selector, Threshold
+from sparingly.selectors import InputThreshold, LowRank, Random, Screen, Selector, Threshold, Zeros
 
 CONTRACT = "sparingly_contract"
 """Attribute of a calibrated model that holds its :class:`sparingly.Contract`."""
@@ -71,7 +73,8 @@ def convert_(
             lacks being left out.
         where: "mlp" (hidden layers of MLP blocks), "linear" (every other linear layer inside repeated blocks, and the
             layer of an MLP that computes every activation), "attention" (those of attention only), "head" (the output
-            layer), or a glob on module names, such as "model.layers.*.mlp". None: what the selector is for.
+            layer), "conv" (pointwise convolutions, with Zeros or Threshold; never converted unless asked for), or a
+            glob on module names, such as "model.layers.*.mlp". None: what the selector is for.
         example: input for one forward, where none can be made up: a tensor, a tuple or a dict of keyword arguments.
         rows: what selected units run from: None, the weights as they are; "int8", the same rounded to int8 with a
             float32 scale for each unit's row, a quarter of the bytes of float32. The weights stay beside them, for
@@ -169,7 +172,7 @@ def _plan(model: nn.Module, selector: Any, where: str | None, example: Any, rows
 def _wanted(selector: Any, where: str | None) -> dict[str, Selector]:
     if selector is None:
         wanted: dict[str, Selector] = {"mlp": Threshold(), "linear": InputThreshold(), "head": Screen(256)}
-        return wanted if where is None else {where: wanted.get(where, Threshold())}
+        return wanted if where is None else {where: Zeros() if where == "conv" else wanted.get(where, Threshold())}
     if isinstance(selector, Mapping):
         if where is not None:
             raise TypeError("give where either as an argument or as the keys of the mapping, not both")
@@ -209,6 +212,8 @@ def _kind(module: Selective) -> str:
         return "head"
     if isinstance(module, SelectiveExperts):
         return "experts"
+    if isinstance(module, SelectiveConv):
+        return "conv"
     return "mlp" if isinstance(module, SelectiveMLP) or module.of_mlp else "linear"
 
 
@@ -231,6 +236,9 @@ def _unfit(place: Place, selector: Selector) -> str | None:
         return None if ok else f"experts that share one parameter take Threshold or Zeros, got {name}"
     if place.kind == "head":
         return None if isinstance(selector, Screen) else f"an output layer takes Screen, got {name}"
+    if place.kind == "conv":
+        ok = isinstance(selector, Threshold)
+        return None if ok else f"a pointwise convolution takes Zeros or Threshold, got {name}"
     if place.kind == "linear" or not place.container:
         ok = isinstance(selector, Threshold)
         return None if ok else f"{name} needs an MLP in a module of its own; here only a Threshold can be used"
@@ -242,7 +250,7 @@ def _unfit(place: Place, selector: Selector) -> str | None:
 
 def _without_rows(place: Place, selector: Selector, rows: str | None) -> str | None:
     """Why the place cannot run from such rows."""
-    takes = place.kind != "experts" and isinstance(selector, (Threshold, Screen))
+    takes = place.kind not in ("experts", "conv") and isinstance(selector, (Threshold, Screen))
     return None if rows is None or takes else NO_INT8
 
 
@@ -254,6 +262,9 @@ def _make(model: nn.Module, place: Place, selector: Selector) -> Selective:
     if place.kind == "experts":
         assert isinstance(selector, Threshold) and place.form is not None
         return SelectiveExperts(original, place.form, selector, place.per_token)
+    if place.kind == "conv":
+        assert isinstance(selector, Threshold) and isinstance(original, nn.Conv2d)
+        return SelectiveConv.from_dense(original, selector)
     if place.kind == "linear" or not place.container:
         assert isinstance(selector, Threshold)
         module = SelectiveLinear.from_dense(original, selector)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparingly.convert._experts import expert_form
 from sparingly.convert._families import ROUTER_NAMES
@@ -24,46 +23,10 @@ from sparingly.convert._observe import (
     unchanged,
     unfit,
 )
-from sparingly.nn._expert_form import ExpertForm
+from sparingly.convert._place import Place, Skipped
+from sparingly.nn.conv import not_pointwise
 
-KINDS = ("mlp", "linear", "attention", "head")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Something that can be made selective.
-
-    Attributes:
-        path: the module to replace. Of kind "mlp" with `container`: the container; without: the same as `down`.
-        kind: "mlp", "linear", "head", or "experts" (weights of all experts in one parameter).
-        up, gate, down: full names of linear layers, for kind "mlp"; gate None for plain down(act(up(x))).
-        activation: elementwise; the network's own module or function where there is one. None where it is elementwise
-            (tested) but not known to us; `container` is then False.
-        container: True: path's forward(x) is exactly the MLP, in eval and in training mode, verified with numbers.
-            False: only `down` may be replaced; what it reads is the activation.
-        fused: None, or "gate_up" or "up_gate": gate and up are the halves, in this order, of one matrix; gate == up.
-        form: of kind "experts", which parameters are what.
-        per_token: of kind "experts", how many experts a token had in the forward that was watched, 1 if it had none.
-    """
-
-    path: str
-    kind: str
-    up: str | None = None
-    gate: str | None = None
-    down: str | None = None
-    activation: Callable[[Tensor], Tensor] | None = None
-    container: bool = True
-    fused: str | None = None
-    form: ExpertForm | None = None
-    per_token: int = 1
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """What cannot be made selective, and why; path "" for the whole network."""
-
-    path: str
-    reason: str
+KINDS = ("mlp", "linear", "attention", "head", "conv")
 
 
 def find(model: nn.Module, where: str, example: Any = None) -> tuple[list[Place], list[Skipped]]:
@@ -75,8 +38,8 @@ def find(model: nn.Module, where: str, example: Any = None) -> tuple[list[Place]
     Args:
         model: any network.
         where: "mlp"; "linear": every other linear layer inside repeated blocks (all but the output layer in a network
-            without such blocks); "attention": those of attention modules; "head": the output layer; or a glob on names
-            of modules ("model.layers.*.mlp"), for places of all kinds.
+            without such blocks); "attention": those of attention modules; "head": the output layer; "conv": pointwise
+            convolutions; or a glob on names of modules ("model.layers.*.mlp"), for places of all kinds.
         example: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments for one forward.
 
     Raises ValueError if where is none of these or matches no module, and whatever the forward of `example` raises.
@@ -95,6 +58,8 @@ def find(model: nn.Module, where: str, example: Any = None) -> tuple[list[Place]
             return search.mlps()
         if where == "head":
             return search.head()
+        if where == "conv":
+            return search.convolutions()
         if pattern:
             return search.glob(where)
         return search.linear_layers(attention=where == "attention")
@@ -253,6 +218,23 @@ class _Search:
         reason = reason or (None if name else "the network is itself one linear layer: wrap it in nn.Sequential")
         return ([], [Skipped(name, reason)]) if reason else ([Place(name, "head", container=False)], [])
 
+    def convolutions(self) -> tuple[list[Place], list[Skipped]]:
+        """Pointwise convolutions, whatever they read: one whose input has no zeros is none the worse for it."""
+        places, skipped = [], []
+        for name, module in self.modules.items():
+            if not isinstance(module, nn.Conv2d):
+                continue
+            reason = "already selective; restore_ first" if name in self.selective else not_pointwise(module)
+            reason = reason or unfit(module) or self._bypassed(name)
+            reason = reason or (None if name else "the network is itself one convolution: wrap it in nn.Sequential")
+            if reason:
+                skipped.append(Skipped(name, reason))
+            else:
+                places.append(Place(name, "conv", container=False))
+        if not places and not skipped:
+            skipped.append(Skipped("", "the network has no convolutions (nn.Conv2d)"))
+        return places, skipped
+
     def glob(self, pattern: str) -> tuple[list[Place], list[Skipped]]:
         """Places of all kinds whose name matches; an MLP before the linear layers inside it."""
 
@@ -264,14 +246,17 @@ class _Search:
         taken = {n for p in places for n in (p.path, p.down)}
         heads, _ = self.head()
         others, no_linears = self.linear_layers(attention=False, everywhere=True)
+        pointwise, no_convs = self.convolutions()
         heads = [p for p in heads if fits(p.path) and p.path not in taken]
-        for p in heads + others:
+        for p in heads + others + pointwise:
             if fits(p.path) and not any(t is not None and within(p.path, t) for t in taken):
                 places.append(p)
                 taken.add(p.path)
-        skipped = list(dict.fromkeys(s for s in no_mlps + no_linears if fits(s.path) and s.path not in taken))
+        refused = no_mlps + no_linears + no_convs
+        skipped = list(dict.fromkeys(s for s in refused if fits(s.path) and s.path not in taken))
         if not places and not skipped:
-            skipped.append(Skipped("", f"the modules that {pattern!r} names are no MLP and no linear layer"))
+            what = "no MLP, no linear layer and no convolution"
+            skipped.append(Skipped("", f"the modules that {pattern!r} names are {what}"))
         return self._ordered(places), skipped
 
     # Parts of the answers.

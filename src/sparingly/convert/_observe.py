@@ -56,7 +56,7 @@ def is_selective(module: nn.Module) -> bool:
 
 
 def unfit(module: nn.Module) -> str | None:
-    """Why a linear layer cannot be replaced, or None."""
+    """Why a linear layer, or a pointwise convolution, cannot be replaced, or None."""
     name, conv = type(module).__name__, conv1d_type()
     if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
         return "its weight is not initialised yet (lazy module): run the model once first"
@@ -64,7 +64,7 @@ def unfit(module: nn.Module) -> str | None:
         return f"it is wrapped by an adapter ({name}): convert first, or merge the adapter"
     if "parametrizations" in module._modules or ("weight" not in module._parameters and hasattr(module, "weight_g")):
         return "its weight is computed from others (parametrisation): remove the parametrisation first"
-    plain = nn.Linear if isinstance(module, nn.Linear) else conv
+    plain = next((kind for kind in (nn.Linear, nn.Conv2d) if isinstance(module, kind)), conv)
     if plain is None or not isinstance(module, plain):
         return f"it is a {type(module).__module__}.{name}, not an nn.Linear"
     weight = module._parameters.get("weight")
@@ -80,7 +80,7 @@ def unfit(module: nn.Module) -> str | None:
         return "its weight is on the meta device: load the weights first"
     if weight.dtype.itemsize == 1:
         return f"its weight is {weight.dtype}: float32, bfloat16 or float16 are needed"
-    if type(module).forward is not plain.forward and not _computes_linear(module):
+    if type(module).forward is not plain.forward and not _computes_plainly(module):
         return f"{name} has a forward of its own, which is more than x @ weight + bias"
     if hasattr(module, "_hf_hook"):
         return "accelerate moves its weights while it runs (offloading)"
@@ -89,16 +89,20 @@ def unfit(module: nn.Module) -> str | None:
     return None
 
 
-def _computes_linear(module: nn.Module) -> bool:
-    """True for a subclass of nn.Linear that computes the same (Falcon's): no other weights, equal on random input."""
-    if not isinstance(module, nn.Linear) or set(module._parameters) | set(module._buffers) != {"weight", "bias"}:
+def _computes_plainly(module: nn.Module) -> bool:
+    """True for a subclass of nn.Linear (Falcon's) or, pointwise, of nn.Conv2d (EfficientNet's, which pads first) that
+    computes the same: no other weights, equal on random input."""
+    names = set(module._parameters) | set(module._buffers)
+    if not isinstance(module, (nn.Linear, nn.Conv2d)) or names != {"weight", "bias"}:
         return False
-    x = torch.randn(2, 3, module.in_features, generator=torch.Generator().manual_seed(5)).to(module.weight)
+    pixels = isinstance(module, nn.Conv2d)
+    shape = (2, module.in_channels, 3, 3) if pixels else (2, 3, module.in_features)
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(5)).to(module.weight)
     try:
         got = module(x)
     except Exception:  # another signature: it is something else
         return False
-    want = nn.functional.linear(x, module.weight, module.bias)
+    want = (nn.functional.conv2d if pixels else nn.functional.linear)(x, module.weight, module.bias)
     return isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-2, atol=1e-3)
 
 
@@ -224,6 +228,8 @@ class Watcher:
                     spy = _linear_spy(name, module.forward, log, generator if substitute else None)
                 elif len(self.inner.get(name, ())) >= 2:
                     spy = _container_spy(name, module.forward, log)
+                elif isinstance(module, nn.Conv2d):
+                    spy = _call_spy(name, module.forward, log)
                 elif counts_experts(module):
                     spy = _experts_spy(name, module.forward, log)
                 else:
@@ -271,6 +277,15 @@ def _linear_spy(name: str, forward: Any, log: Log, generator: torch.Generator | 
             rows = y.detach().reshape(-1, y.shape[-1])
             log.calls.append(Call(name, kept, rows[:ROWS].clone(), rows.shape[0]))
         return y
+
+    return spy
+
+
+def _call_spy(name: str, forward: Any, log: Log) -> Any:
+    @functools.wraps(forward)
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        log.counts[name] = log.counts.get(name, 0) + 1
+        return forward(*args, **kwargs)
 
     return spy
 

@@ -1,6 +1,7 @@
 """Modules that own banks."""
 
 from sparingly.nn.bag import SelectiveBag
+from sparingly.nn.conv import SelectiveConv
 from sparingly.nn.head import SelectiveHead
 from sparingly.nn.linear import SelectiveLinear
 from sparingly.nn.mlp import SelectiveMLP
@@ -14,6 +15,7 @@ __all__ = [
     "ScreenHead",
     "Selective",
     "SelectiveBag",
+    "SelectiveConv",
     "SelectiveHead",
     "SelectiveLinear",
     "SelectiveMLP",

@@ -19,13 +19,14 @@ def transposed(layer: nn.Module) -> bool:
 
 def sizes(layer: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a Linear-like layer."""
-    rows, columns = layer.weight.shape  # pyright: ignore[reportGeneralTypeIssues]
+    rows, columns = layer.weight.shape[:2]  # pyright: ignore
     return (int(rows), int(columns)) if transposed(layer) else (int(columns), int(rows))
 
 
 def by_input(layer: nn.Module) -> Tensor:
-    """The weight as [in_features, out_features], a view."""
+    """The weight as [in_features, out_features], a view; also of a pointwise convolution's [out, in, 1, 1]."""
     weight: Tensor = layer.weight  # pyright: ignore[reportAssignmentType]
+    weight = weight.flatten(1) if weight.dim() == 4 else weight
     return weight if transposed(layer) else weight.t()
 
 

@@ -24,12 +24,60 @@ from sparingly.ops import threshold_accumulate
 from sparingly.selectors.threshold import Threshold
 
 
-class SelectiveInputs(Selective):
-    """A trained linear layer of any class, whose parameters it shares; see :class:`SelectiveLinear`."""
+class KeptInputs(Selective):
+    """What layers share whose units are input channels: each is a row of the weight, see :func:`_rows.by_input`."""
 
     selector: Threshold
     weight: nn.Parameter
     bias: nn.Parameter | None
+
+    @property
+    def num_units(self) -> int:
+        """Input channels."""
+        return _rows.sizes(self)[0]
+
+    def operators(self) -> tuple[str, ...]:
+        """See :meth:`Selective.operators`."""
+        return ("threshold_accumulate",)
+
+    def _unit_bytes(self, kind: str | None) -> tuple[int, int]:
+        """An input channel's."""
+        return row_bytes(_rows.sizes(self)[1], self.weight, kind), 0
+
+    def fixed_bytes(self) -> int:
+        """Bytes of the bias."""
+        return 0 if self.bias is None else self.bias.nbytes
+
+    @torch.no_grad()
+    def fit(self, sample: Sample) -> list[Option]:
+        """See :meth:`Selective.fit`."""
+        rows = _rows.by_input(self).float()
+        moved = sample.gradients @ rows.t()
+        self.selector.fit(rows, None, sample.inputs, moved.square().mean(dim=0).sqrt())
+        return threshold_options(self, sample.inputs, None, moved)
+
+    def _served(self) -> Bank:
+        """The rows that run, one for each input channel: [inputs, outputs]."""
+        rows = _rows.by_input(self)
+        return Bank(rows, None) if self._kind is None else self._kept("int8", lambda: Bank.int8(rows), self.weight)
+
+    def _rest(self) -> Tensor | None:
+        """What a token starts from, float32 [outputs]: the bias, and every channel at its centre."""
+        centre = self.selector.centre
+        if self.bias is None and not centre.numel():
+            return None
+
+        def make() -> Tensor:
+            outputs = _rows.sizes(self)[1]
+            start = torch.zeros(outputs, device=centre.device) if self.bias is None else self.bias.float()
+            return start + centre @ self._served().values(torch.float32) if centre.numel() else start
+
+        return self._kept("rest", make, self.weight, self.bias, centre)
+
+
+class SelectiveInputs(KeptInputs):
+    """A trained linear layer of any class, whose parameters it shares; see :class:`SelectiveLinear`."""
+
     in_features: int
     out_features: int
     transposed: bool
@@ -65,31 +113,6 @@ class SelectiveInputs(Selective):
         _rows.share_hooks(self, original)
         return original.train(self.training)
 
-    @property
-    def num_units(self) -> int:
-        """Input channels."""
-        return self.in_features
-
-    def operators(self) -> tuple[str, ...]:
-        """See :meth:`Selective.operators`."""
-        return ("threshold_accumulate",)
-
-    def _unit_bytes(self, kind: str | None) -> tuple[int, int]:
-        """An input channel's."""
-        return row_bytes(self.out_features, self.weight, kind), 0
-
-    def fixed_bytes(self) -> int:
-        """Bytes of the bias."""
-        return 0 if self.bias is None else self.bias.nbytes
-
-    @torch.no_grad()
-    def fit(self, sample: Sample) -> list[Option]:
-        """See :meth:`Selective.fit`."""
-        rows = _rows.by_input(self).float()
-        moved = sample.gradients @ rows.t()
-        self.selector.fit(rows, None, sample.inputs, moved.square().mean(dim=0).sqrt())
-        return threshold_options(self, sample.inputs, None, moved)
-
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in_features] -> [..., out_features]."""
         selector, x, tokens = self.selector, input, input.numel() // self.in_features
@@ -109,23 +132,6 @@ class SelectiveInputs(Selective):
         rows, scale = self._served()
         sums = threshold_accumulate(flat, rows, selector.cut, scale, self._rest(), self.ran)
         return sums.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def _served(self) -> Bank:
-        """The rows that run, one for each input channel: [in_features, out_features]."""
-        rows = self.weight if self.transposed else self.weight.t()
-        return Bank(rows, None) if self._kind is None else self._kept("int8", lambda: Bank.int8(rows), self.weight)
-
-    def _rest(self) -> Tensor | None:
-        """What a token starts from, float32 [out_features]: the bias, and every channel at its centre."""
-        centre = self.selector.centre
-        if self.bias is None and not centre.numel():
-            return None
-
-        def make() -> Tensor:
-            start = torch.zeros(self.out_features, device=centre.device) if self.bias is None else self.bias.float()
-            return start + centre @ self._served().values(torch.float32) if centre.numel() else start
-
-        return self._kept("rest", make, self.weight, self.bias, centre)
 
     def _product(self, x: Tensor) -> Tensor:
         return F.linear(x, _rows.by_output(self), self.bias)

@@ -71,7 +71,8 @@ def gather(
     expert that no token went to) is left out. Selective layers have to answer densely meanwhile.
 
     Of a layer that needs more than its first argument, the inputs are what its ``observed(inputs, named)`` gives: one
-    row for each row of its output, and which of them are worth keeping (int64), or None for all.
+    row for each row of its output, and which of them are worth keeping (int64), or None for all. One whose tokens are
+    not what stands before the last dimension says with ``as_rows(output)`` how they become rows.
     """
     generator = torch.Generator().manual_seed(0)
     kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
@@ -84,7 +85,7 @@ def gather(
 
     def watch(name: str, layer: nn.Module, among: int) -> Any:
         share = max(1, -(-abs(tokens[name]) // max(1, among)))
-        observed = getattr(layer, "observed", _first_input)
+        observed, as_rows = getattr(layer, "observed", _first_input), getattr(layer, "as_rows", _rows_of)
 
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
             flat, useful = observed(inputs, named)
@@ -97,7 +98,7 @@ def gather(
             output = output if output.requires_grad else output.detach().requires_grad_().clone()
 
             def arrived(gradient: Tensor) -> None:
-                rows = gradient.reshape(-1, gradient.shape[-1])[places].float()
+                rows = as_rows(gradient)[places].float()
                 kept[name].append((flat[places].float(), rows))
 
             output.register_hook(arrived)
@@ -128,8 +129,11 @@ def gather(
 
 
 def _first_input(inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> tuple[Tensor, None]:
-    x = (inputs[0] if inputs else next(iter(named.values()))).detach()
-    return x.reshape(-1, x.shape[-1]), None
+    return _rows_of((inputs[0] if inputs else next(iter(named.values()))).detach()), None
+
+
+def _rows_of(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])
 
 
 def _places(count: int, wanted: int) -> Tensor:

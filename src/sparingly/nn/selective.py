@@ -48,6 +48,8 @@ class Selective(nn.Module):
     """About how many tokens :meth:`fit` wants."""
     sample_gradients = True
     """Whether it wants gradients too."""
+    reads_together = False
+    """Whether the tokens of one call are so many that together they read every unit's weights, once."""
     of_mlp = False
     """True for the second layer of an MLP whose layers have no module of their own."""
     takes_int8 = True

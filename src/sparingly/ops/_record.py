@@ -27,19 +27,21 @@ def record_rows(
     written: tuple[Tensor, ...],
     copied: int = 0,
     other: int = 0,
+    distinct: int | None = None,
 ) -> None:
-    """Record ``visited`` rows of d multiply-accumulates each.
+    """Record ``visited`` rows of d multiply-accumulates each; ``distinct``: how many were read, if not each anew.
 
     ``read``, ``written``: tensors that pass whole. ``copied``: bytes of temporaries, written once and read once (a
     reference gathers rows before it multiplies them; a kernel does not). ``other``: operations that are no MACs.
     """
     if not ledger.active():
         return
+    came = visited if distinct is None else distinct
     ledger.record(
         f"sparingly::{name}",
         dtype=rows.dtype,
         macs=visited * rows.shape[1],
         other=other,
-        bytes_read=visited * row_bytes(rows, *vectors) + tensor_bytes(*read) + copied,
+        bytes_read=came * row_bytes(rows, *vectors) + tensor_bytes(*read) + copied,
         bytes_written=tensor_bytes(*written) + copied,
     )

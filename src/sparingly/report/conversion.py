@@ -10,9 +10,16 @@ from sparingly.report.result import RULERS, Interval, Workload
 from sparingly.report.text import percent, percent_interval, times, times_interval
 
 PRECISIONS = {"saving": "fp32", "saving_bf16": "bf16", "saving_int8": "int8"}
-JOBS = {"decode": "", "generate": "by generate(), ", "batch_1": "one at a time, ", "best_batch": "best batches, "}
-JOBS |= {"description": "one long text, "}
-"""Keys of ``inference`` and what stands before their precision: for one decoded token, or one text of an encoder."""
+JOBS = {
+    "decode": "",
+    "generate": "by generate(), ",
+    "batch_1": "one at a time, ",
+    "best_batch": "best batches, ",
+    "description": "one long text, ",
+    "same_engine": "same engine, ",
+    "every_layer": "same engine, every layer skips, ",
+}
+"""Keys of ``inference`` and what stands before their precision: for one decoded token, one text or one image."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ def savings(workload: Workload) -> Iterator[tuple[str, dict[str, Interval]]]:
 def headline(workload: Workload) -> str:
     """The contract and the smallest saving over every ruler and precision, in one sentence."""
     contract = workload.raw["contract"]
-    if contract.get("setting") is None:
+    lossless = contract.get("lossless", False)
+    if contract.get("setting") is None and not lossless:
         return "No setting kept the contract: the network stays dense."
     found = [
         (interval.value, RULERS[ruler], precision)
@@ -56,12 +64,17 @@ def headline(workload: Workload) -> str:
     value, ruler, precision = min(found)
     if value < 1:
         return f"No saving: {times(value)} is the smallest ratio of dense to selective cost ({precision}, {ruler})"
-    return f"{times(value)} is the smallest saving ({precision}, {ruler}) under the contract"
+    return f"{times(value)} is the smallest saving ({precision}, {ruler}) {_KEPT[lossless]}"
+
+
+_KEPT = {False: "under the contract", True: "without a change of any answer"}
 
 
 def contract(workload: Workload) -> str:
     """The promise, and what the test found, in one sentence."""
     raw = workload.raw["contract"]
+    if raw.get("lossless"):
+        return f"lossless: scores differ by rounding, at most {raw['largest_difference']:.0e}, on {raw['n']:,} examples"
     asked = f"at most {percent(raw['max_drop'])} of {raw['metric']} lost, at {percent(raw['confidence'])} confidence"
     if raw.get("setting") is None:
         return f"{asked}: nothing passed on {raw['n']:,} examples"
@@ -97,7 +110,8 @@ def summary(workload: Workload) -> list[Table]:
 
 def tables(workload: Workload) -> list[Table]:
     """Everything that was measured."""
-    return summary(workload) + [table for table in (_controls(workload), _layers(workload)) if table.rows]
+    more = (part(workload) for part in (_controls, _layers, _timed_layers))
+    return summary(workload) + [table for table in more if table.rows]
 
 
 def _quality(workload: Workload) -> Table:
@@ -187,3 +201,14 @@ def _layers(workload: Workload) -> Table:
         for (name, selector), shares in groups.items()
     ]
     return Table("Units that ran", ("layers", "selector", "how many", "mean share", "least"), tuple(rows))
+
+
+def _timed_layers(workload: Workload) -> Table:
+    """Layers that were timed one by one."""
+    rows = [
+        (str(layer["name"]), percent(layer["share_run"]), times_interval(Interval(**layer["saving"])), layer["runs"])
+        for layer in workload.raw.get("layers") or []
+        if layer.get("saving")
+    ]
+    heads = ("layer", "ran", f"dense ÷ selective, {RULERS['cpu_s']}", "runs")
+    return Table("Layers, each against its fastest dense form", heads, tuple(rows))

@@ -15,14 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparingly.energy import ledger
 from sparingly.nn import _rows
 from sparingly.nn.linear import SelectiveInputs
 from sparingly.ops._pages import request_huge_pages
-from sparingly.workloads import _encoder_kernels as kernels
+from sparingly.ops.threshold_accumulate import many
 
 _CONTRIB = "com.microsoft"
-_TABLE = kernels.places_of_bits()
 
 
 class Engine(ABC):
@@ -45,9 +43,9 @@ class Kept:
     """
 
     def __init__(self, layer: SelectiveInputs):
-        if layer.in_features % kernels.GROUP or layer.out_features % kernels.LANES:
+        if layer.in_features % many.MULTIPLE or layer.out_features % many.MULTIPLE:
             raise ValueError(
-                f"needs in_features divisible by {kernels.GROUP} and out_features by {kernels.LANES}, "
+                f"needs in_features and out_features divisible by {many.MULTIPLE}, "
                 f"got {layer.in_features} and {layer.out_features}"
             )
         self.layer = layer
@@ -55,54 +53,28 @@ class Kept:
         if self.rows.dtype != torch.float32 or not self.rows.is_contiguous():
             raise ValueError(f"needs float32 weights, one input a row, got {self.rows.dtype} {self.rows.stride()}")
         request_huge_pages(self.rows)
-        self._room: dict[int, tuple[Any, ...]] = {}
-        self._vectors: tuple[Any, ...] = ()
+        self._vectors: tuple[Tensor, ...] = ()
 
-    def _cuts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _cuts(self) -> tuple[Tensor, ...]:
         """Cut, centre and what a token starts from; made anew when the setting changes."""
         selector, bias = self.layer.selector, self.layer.bias
         if not self._vectors or self._vectors[0] is not selector.cut:
             centre = selector.centre if selector.centre.numel() else torch.zeros(self.layer.in_features)
             begin = torch.zeros(self.layer.out_features) if bias is None else bias.detach().float()
             made = (selector.cut, centre, begin + centre @ self.rows)
-            self._vectors = (selector.cut, *(vector.float().contiguous().numpy() for vector in made))
+            self._vectors = (selector.cut, *[vector.float().contiguous() for vector in made])
         return self._vectors[1:]
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """x float32 [..., in_features], contiguous -> [..., out_features], valid until the next call."""
+        """x float32 [..., in_features], contiguous -> [..., out_features]."""
         layer, (n, d) = self.layer, self.rows.shape
-        tokens = x.size // n
+        given = torch.from_numpy(x).view(-1, n)
         if layer.off or not layer.selector.fitted:
-            given = torch.from_numpy(x).view(tokens, n)
-            dense = given @ self.rows if layer.bias is None else torch.addmm(layer.bias.detach(), given, self.rows)
-            return dense.numpy().reshape(*x.shape[:-1], d)
-        cut, centre, begin = self._cuts()
-        room: Any = self._room.get(tokens)
-        if room is None:
-            blocks = -(-n // kernels.UNITS)
-            sizes = ((tokens, d), (tokens, n), (tokens, n + kernels.GROUP), (tokens, blocks + 1), (n // kernels.GROUP,))
-            types: tuple[Any, ...] = (np.float32, np.float32, np.int32, np.int64, np.uint8)
-            room = tuple([np.empty(size, kind) for size, kind in zip(sizes, types, strict=True)])
-            if len(self._room) > 8:
-                self._room.clear()
-            self._room[tokens] = room
-        at = [array.ctypes.data for array in (x, centre, cut)]
-        rest = [array.ctypes.data for array in (begin, *room, _TABLE)]
-        visited = kernels.kept_rows((tokens, n, d), (*at, self.rows.data_ptr(), *rest, layer.ran.data_ptr()))
-        if ledger.active():
-            self._record(visited, int(np.unpackbits(room[4]).sum()), x, room[0])
-        return room[0].reshape(*x.shape[:-1], d)
-
-    def _record(self, visited: int, distinct: int, x: np.ndarray, out: np.ndarray) -> None:
-        """A row that several tokens of a batch keep is read once: it stays in the cache meanwhile."""
-        ledger.record(
-            "sparingly::kept_rows",
-            dtype=torch.float32,
-            macs=visited * self.rows.shape[1],
-            other=2 * x.size,
-            bytes_read=distinct * self.rows.shape[1] * 4 + x.nbytes + 3 * self.rows.shape[0] * 4,
-            bytes_written=out.nbytes,
-        )
+            out = given @ self.rows if layer.bias is None else torch.addmm(layer.bias.detach(), given, self.rows)
+        else:
+            cut, centre, begin = self._cuts()
+            out = many.run(given, self.rows, cut, begin, layer.ran, centre=centre)
+        return out.numpy().reshape(*x.shape[:-1], d)
 
 
 class Modules(Engine):

@@ -13,6 +13,7 @@ from sparingly.ops._numba import kernel as compiled
 from sparingly.ops._record import record_rows
 from sparingly.ops._threads import chunks_for, most_alone, run_chunks
 from sparingly.ops._views import CPU, LIKE, matrix_at, vector_at
+from sparingly.ops.threshold_accumulate import many
 
 
 @inlined
@@ -219,6 +220,8 @@ def run(
     Threads share out the rows, also those of one token. Sums are the same in every run with as many threads.
     """
     tokens, (n, d) = x.shape[0], rows.shape
+    if many.takes(tokens, rows, scale):
+        return many.run(x, rows, cut, bias, ran, read)
     sums = torch.empty((tokens, d), dtype=torch.float32, device=CPU)
     # One by one: a loop over the seven takes twice the time.
     places = (
