@@ -275,9 +275,14 @@ def test_unknown_forward_is_told():
         def forward(self, x, ids, weights):
             return super().forward(x, ids, weights).cumsum(dim=0)
 
-    reason = expert_form(Odd("up_gate"))
+    odd = Odd("up_gate")
+    # Other modules with several matrices in one parameter are none of ours.
+    assert expert_form(odd) is None
+    odd.__dict__["num_experts"] = 4
+    reason = expert_form(odd)
     assert isinstance(reason, str) and "no weighted sum" in reason
     assert expert_form(nn.Conv1d(4, 4, 3)) is None and expert_form(nn.Linear(4, 4)) is None
     quantised = Mixture("up_gate")
+    quantised.__dict__["num_experts"] = 4
     quantised.down = nn.Parameter(quantised.down.to(torch.float8_e4m3fn), requires_grad=False)
     assert "quantised" in str(expert_form(quantised))
