@@ -24,7 +24,7 @@ from sparingly.nn.selective import Selective, dense_answers, needed_layers, rese
 FIT_SHARE = 0.25
 """Share of the calibration examples that selectors and path are made from; the rest tests."""
 
-SHARES = (0.2, 0.5, 0.75, 0.9, 1.0, 1.1)
+SHARES = (0.2, 0.5, 0.65, 0.8, 0.9, 1.0, 1.1)
 """Expected losses of the path's points, in shares of the one that should just pass. The first is far below it because
 that one is found on few examples; it costs little, since a point that loses little is decided early."""
 
