@@ -230,6 +230,21 @@ def test_the_drop_is_one_from_the_network_that_was_given(trained):
     assert against.selective_quality == pytest.approx(alone.dense_quality)
 
 
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_the_unit_of_the_outputs_does_not_matter(trained, scale):
+    """Estimated losses are squares of outputs: here they are off by ten thousand."""
+    chosen = []
+    for factor in (1.0, scale):
+        model = copy.deepcopy(trained)
+        with torch.no_grad():
+            model.out.weight.mul_(factor)
+            model.out.bias.mul_(factor)
+        convert_(model, Threshold(), "mlp")
+        assert calibrate(model, batches(points(1600, 2)), accuracy, max_drop=0.03).holds
+        chosen.append(selective_modules(model)["mlp"].selector.setting)
+    assert chosen[0] < 100 and abs(chosen[0] - chosen[1]) <= 10
+
+
 def test_exact_zeros_lose_no_decision():
     torch.manual_seed(1)
     model: nn.Module = Classifier(nn.ReLU()).eval()

@@ -28,7 +28,7 @@ SHARES = (0.2, 0.5, 0.65, 0.8, 0.9, 1.0, 1.1)
 """Expected losses of the path's points, in shares of the one that should just pass. The first is far below it because
 that one is found on few examples; it costs little, since a point that loses little is decided early."""
 
-SEARCHES, SEARCHED = 4, 12
+SEARCHES, SEARCHED = 8, 12
 """How many settings are run to find the path's middle, on how many batches; where the estimate is right, one is
 enough."""
 
@@ -238,7 +238,8 @@ def _trail(
         return [{name: layer.selector.setting for name, layer in layers.items()}]
     few = fit_on[:: max(1, len(fit_on) // SEARCHED)]
     metric, dense = tested.metric, tested.dense_on(few)
-    estimate, low, high = promise.limit, 0.0, math.inf
+    most = sum(max(option.loss for option in choices) for choices in options.values())
+    estimate, low, high = min(promise.limit, most), 0.0, math.inf
     chance = NormalDist().inv_cdf(promise.confidence) / math.sqrt(tested.n)
     for _ in range(SEARCHES):
         apply(layers, path(options, [estimate])[0])
@@ -246,10 +247,10 @@ def _trail(
         wanted = promise.limit - chance * float(drops.std()) if len(drops) > 1 else promise.limit
         wanted, real = max(wanted, 0.1 * promise.limit), float(drops.mean())
         low, high = (max(low, estimate), high) if real <= wanted else (low, min(high, estimate))
-        if abs(real - wanted) <= 0.1 * wanted:
+        if abs(real - wanted) <= 0.1 * wanted or low >= most:
             break
         step = min(8.0, max(0.125, wanted / real)) if real > 0 else 8.0
-        estimate = math.sqrt(low * high) if 0 < low < high < math.inf else estimate * step
+        estimate = math.sqrt(low * high) if 0 < low < high < math.inf else min(estimate * step, most)
     return path(options, [share * estimate for share in SHARES])
 
 
