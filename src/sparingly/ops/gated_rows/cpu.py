@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparingly.energy import ledger
 from sparingly.ops._arrays import not_for_numba
-from sparingly.ops._numba import add_atomically, axpy, axpy_pair, dot, dot_pair, inlined, prefetch_apart, rows_ahead
+from sparingly.ops._numba import EIGHT, add_atomically, axpy, axpy_eight, dot, dot_eight, eight, inlined
 from sparingly.ops._numba import kernel as compiled
 from sparingly.ops._threads import chunks_for, most_alone, run_chunks
 from sparingly.ops._views import CPU, LIKE, matrix_at, vector_at
@@ -26,10 +26,6 @@ from sparingly.ops.threshold_accumulate.cpu import (
     why_not_banks,
 )
 
-# Units whose rows of up are read in one go. Their rows of down are asked for as soon as they have passed the second
-# cut, and added after the next group's rows of up: by then they are there.
-GROUP = 8
-
 
 @inlined
 def _value(score, gate, token, row, up_bias, up_scale):
@@ -42,29 +38,13 @@ def _value(score, gate, token, row, up_bias, up_scale):
 
 
 @inlined
-def _pass(value, row, cut_out, down, down_scale, rows, weights, place):
-    """Note the unit at ``place`` and ask for its row of down, unless the second cut takes it; the next place."""
+def _wait(value, row, cut_out, down_scale, rows, weights, waiting):
+    """Let the unit's row of down wait, unless the second cut takes it; how many do."""
     if cut_out.size and abs(value) < cut_out[row]:
-        return place
-    prefetch_apart(down, row)
-    rows[place] = row
-    weights[place] = value * down_scale[row] if down_scale.size else value
-    return place + 1
-
-
-@inlined
-def _spend(rows, weights, start, stop, down, sums, target):
-    """``sums[target] +=`` the rows of down at places ``start..stop`` of rows, weighted."""
-    for place in range(start, stop - 1, 2):
-        axpy_pair(weights[place], rows[place], weights[place + 1], rows[place + 1], down, sums, target)
-    if (stop - start) % 2:
-        axpy(weights[stop - 1], down, rows[stop - 1], sums, target)
-
-
-@inlined
-def _ask(ids, start, stop, up):
-    for place in range(start, stop):
-        prefetch_apart(up, ids[place])
+        return waiting
+    rows[waiting] = row
+    weights[waiting] = value * down_scale[row] if down_scale.size else value
+    return waiting + 1
 
 
 @inlined
@@ -73,32 +53,29 @@ def _add(
 ):
     """``sums[target] +=`` what the units ``ids[start..stop]`` add for a token; how many passed the second cut.
 
-    ``rows``, ``weights``: room for two groups.
+    Rows of down wait until eight have passed. ``rows``, ``weights``: room for two times eight.
     """
-    ahead = max(2, rows_ahead(up) // 2)
-    _ask(ids, start, min(start + ahead, stop), up)
-    passed, base, waiting = 0, 0, 0
-    for first in range(start, stop, GROUP):
-        last = min(first + GROUP, stop)
-        place = base
-        for position in range(first, last - 1, 2):
-            _ask(ids, min(position + ahead, stop), min(position + ahead + 2, stop), up)
-            row, other = ids[position], ids[position + 1]
-            score, score_other = dot_pair(up, row, other, hidden, token)
-            value = _value(score, gate, token, row, up_bias, up_scale)
-            place = _pass(value, row, cut_out, down, down_scale, rows, weights, place)
-            value = _value(score_other, gate, token, other, up_bias, up_scale)
-            place = _pass(value, other, cut_out, down, down_scale, rows, weights, place)
-        if (last - first) % 2:
-            row = ids[last - 1]
-            value = _value(dot(up, row, hidden, token), gate, token, row, up_bias, up_scale)
-            place = _pass(value, row, cut_out, down, down_scale, rows, weights, place)
-        _spend(rows, weights, GROUP - base, GROUP - base + waiting, down, sums, target)
-        waiting = place - base
-        passed += waiting
-        base = GROUP - base
-    _spend(rows, weights, GROUP - base, GROUP - base + waiting, down, sums, target)
-    return passed
+    added, waiting = 0, 0
+    whole = stop - (stop - start) % EIGHT
+    for first in range(start, whole, EIGHT):
+        chosen = eight(ids, first)
+        scores = dot_eight(up, chosen, hidden, token)
+        for i in range(EIGHT):
+            value = _value(scores[i], gate, token, chosen[i], up_bias, up_scale)
+            waiting = _wait(value, chosen[i], cut_out, down_scale, rows, weights, waiting)
+        if waiting >= EIGHT:
+            axpy_eight(eight(weights, 0), eight(rows, 0), down, sums, target)
+            added += EIGHT
+            waiting -= EIGHT
+            for i in range(waiting):
+                rows[i], weights[i] = rows[EIGHT + i], weights[EIGHT + i]
+    for place in range(whole, stop):
+        row = ids[place]
+        value = _value(dot(up, row, hidden, token), gate, token, row, up_bias, up_scale)
+        waiting = _wait(value, row, cut_out, down_scale, rows, weights, waiting)
+    for i in range(waiting):
+        axpy(weights[i], down, rows[i], sums, target)
+    return added + waiting
 
 
 @compiled
@@ -110,7 +87,7 @@ def _sums(
     ``partial[chunk]`` is zero before. What passed the second cut is added to ``ran[3]`` and ``passed[0]``.
     """
     ids = np.empty(cut.size + 1, np.int64)
-    rows, weights = np.empty(2 * GROUP, np.int64), np.empty(2 * GROUP, np.float32)
+    rows, weights = np.empty(2 * EIGHT, np.int64), np.empty(2 * EIGHT, np.float32)
     before, count = 0, 0
     for token in range(gate.shape[0]):
         kept = find_kept(gate, token, cut, ids)

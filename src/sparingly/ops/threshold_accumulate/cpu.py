@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparingly.energy import ledger
 from sparingly.ops._arrays import not_for_numba
-from sparingly.ops._numba import add_atomically, axpy, axpy_pair, inlined, prefetch_apart, rows_ahead
+from sparingly.ops._numba import EIGHT, add_atomically, axpy, axpy_eight, eight, inlined
 from sparingly.ops._numba import kernel as compiled
 from sparingly.ops._record import record_rows
 from sparingly.ops._threads import chunks_for, most_alone, run_chunks
@@ -59,17 +59,23 @@ def _weight(x, token, scale, row):
 @inlined
 def _add(ids, start, stop, x, token, rows, scale, sums, target):
     """``sums[target] +=`` the rows ``ids[start..stop]``, weighted by ``x[token]``."""
-    ahead = rows_ahead(rows)
-    for place in range(start, min(start + ahead, stop)):
-        prefetch_apart(rows, ids[place])
-    for place in range(start, stop - 1, 2):
-        for later in range(place + ahead, min(place + ahead + 2, stop)):
-            prefetch_apart(rows, ids[later])
-        row, other = ids[place], ids[place + 1]
-        axpy_pair(_weight(x, token, scale, row), row, _weight(x, token, scale, other), other, rows, sums, target)
-    if (stop - start) % 2:
-        row = ids[stop - 1]
-        axpy(_weight(x, token, scale, row), rows, row, sums, target)
+    whole = stop - (stop - start) % EIGHT
+    for place in range(start, whole, EIGHT):
+        chosen = eight(ids, place)
+        a, b, c, d, e, f, g, h = chosen
+        weights = (
+            _weight(x, token, scale, a),
+            _weight(x, token, scale, b),
+            _weight(x, token, scale, c),
+            _weight(x, token, scale, d),
+            _weight(x, token, scale, e),
+            _weight(x, token, scale, f),
+            _weight(x, token, scale, g),
+            _weight(x, token, scale, h),
+        )
+        axpy_eight(weights, chosen, rows, sums, target)
+    for place in range(whole, stop):
+        axpy(_weight(x, token, scale, ids[place]), rows, ids[place], sums, target)
 
 
 @compiled
