@@ -56,20 +56,20 @@ def _add(
     Rows of down wait until eight have passed. ``rows``, ``weights``: room for two times eight.
     """
     added, waiting = 0, 0
-    whole = stop - (stop - start) % EIGHT
-    for first in range(start, whole, EIGHT):
-        chosen = eight(ids, first)
+    rounds = (stop - start) // EIGHT
+    for first in range(start, start + rounds):
+        chosen = eight(ids, first, rounds)
         scores = dot_eight(up, chosen, hidden, token)
         for i in range(EIGHT):
             value = _value(scores[i], gate, token, chosen[i], up_bias, up_scale)
             waiting = _wait(value, chosen[i], cut_out, down_scale, rows, weights, waiting)
         if waiting >= EIGHT:
-            axpy_eight(eight(weights, 0), eight(rows, 0), down, sums, target)
+            axpy_eight(eight(weights, 0, 1), eight(rows, 0, 1), down, sums, target)
             added += EIGHT
             waiting -= EIGHT
             for i in range(waiting):
                 rows[i], weights[i] = rows[EIGHT + i], weights[EIGHT + i]
-    for place in range(whole, stop):
+    for place in range(start + EIGHT * rounds, stop):
         row = ids[place]
         value = _value(dot(up, row, hidden, token), gate, token, row, up_bias, up_scale)
         waiting = _wait(value, row, cut_out, down_scale, rows, weights, waiting)

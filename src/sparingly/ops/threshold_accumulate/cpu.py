@@ -59,9 +59,9 @@ def _weight(x, token, scale, row):
 @inlined
 def _add(ids, start, stop, x, token, rows, scale, sums, target):
     """``sums[target] +=`` the rows ``ids[start..stop]``, weighted by ``x[token]``."""
-    whole = stop - (stop - start) % EIGHT
-    for place in range(start, whole, EIGHT):
-        chosen = eight(ids, place)
+    rounds = (stop - start) // EIGHT
+    for place in range(start, start + rounds):
+        chosen = eight(ids, place, rounds)
         a, b, c, d, e, f, g, h = chosen
         weights = (
             _weight(x, token, scale, a),
@@ -74,7 +74,7 @@ def _add(ids, start, stop, x, token, rows, scale, sums, target):
             _weight(x, token, scale, h),
         )
         axpy_eight(weights, chosen, rows, sums, target)
-    for place in range(whole, stop):
+    for place in range(start + EIGHT * rounds, stop):
         axpy(_weight(x, token, scale, ids[place]), rows, ids[place], sums, target)
 
 
