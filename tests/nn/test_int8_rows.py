@@ -91,11 +91,17 @@ def rounded(rows: Tensor) -> Tensor:
     return (rows.double() / scale).round() * scale
 
 
+def rounded_inputs(rows: Tensor) -> Tensor:
+    """The same of rows whose columns, one output each, were brought to the same size before."""
+    outputs = rows.double().square().mean(dim=0).sqrt()
+    return rounded(rows.double() / outputs) * outputs
+
+
 def reference(kind: str, dense: Any, x: Tensor) -> Tensor:
     """The kept units' answer from rounded rows, float64."""
     if kind in ("linear", "conv1d"):
         weight = dense.weight if kind == "conv1d" else dense.weight.t()
-        return torch.where(x.abs() < CUT, 0.0, x).double() @ rounded(weight) + dense.bias.double()
+        return torch.where(x.abs() < CUT, 0.0, x).double() @ rounded_inputs(weight) + dense.bias.double()
     if kind == "plain":
         values, factor = F.gelu(dense.u(x)), 1.0
     else:
@@ -104,7 +110,7 @@ def reference(kind: str, dense: Any, x: Tensor) -> Tensor:
         up, bias = (dense.u.weight, dense.u.bias) if both is None else (both.weight[UNITS:], both.bias[UNITS:])
         factor = x.double() @ rounded(up).t() + bias.double()
     hidden = torch.where(values.abs() < CUT, 0.0, values.double() * factor)
-    return hidden @ rounded(dense.d.weight.t()) + dense.d.bias.double()
+    return hidden @ rounded_inputs(dense.d.weight.t()) + dense.d.bias.double()
 
 
 def error(found: Tensor, wanted: Tensor) -> float:

@@ -144,29 +144,29 @@ class StepPlan:
             raise Unplanned("mlp has one matrix for gate and up, or another activation than silu")
         if not all(type(part) is nn.Linear and not _rows.overridden(part) for part in (layers.up, layers.down)):
             raise Unplanned("up or down is not a plain nn.Linear")
-        codes, scale = mlp._resting(layers, layers.up.weight) if selector.centre.numel() else (None, None)
+        resting = mlp._resting(layers, layers.up.weight) if selector.centre.numel() else None
         bias = None if layers.up.bias is None else layers.up.bias.detach().float()
         return [
             *self._linear("gate", layers.gate, (d, n)),
-            *self._bank("up", mlp._served_up(layers.up.weight), (n, d)),
+            *self._bank("up", mlp._served_up(layers.up.weight), (n, d))[:2],
             *self._bank("down", mlp._served_down(layers), (n, d)),
             self._vector(bias, n),
             self._vector(selector.cut, n),
             self._vector(selector.cut_out, n),
             self._vector(selector.centre, n),
             self._vector(mlp._rest(layers, layers.up.bias), d),
-            0 if codes is None else self._at(codes),
-            self._vector(scale, d),
+            0 if resting is None else self._at(resting.rows),
+            self._vector(None if resting is None else resting.scale, d),
             self._at(mlp.ran),
         ]
 
-    def _bank(self, name: str, bank: Bank, shape: tuple[int, int]) -> tuple[int, int]:
-        """The addresses of the rows and of their scales."""
+    def _bank(self, name: str, bank: Bank, shape: tuple[int, int]) -> tuple[int, int, int]:
+        """The addresses of the rows, of their scales and of the outputs'."""
         rows = bank.rows
         if rows.dtype != self.dtype or rows.shape != shape or not rows.is_contiguous():
             want = f"{list(shape)}, contiguous, {self.dtype}"
             raise Unplanned(f"{name}'s rows must be {want}; got {list(rows.shape)}, {rows.dtype}")
-        return self._at(rows), self._vector(bank.scale, shape[0])
+        return self._at(rows), self._vector(bank.scale, shape[0]), self._vector(bank.outputs, shape[1])
 
     def _vector(self, vector: Tensor | None, size: int) -> int:
         """The address of float32 [size], a copy of it where it is of another type; 0 for none or an empty one."""

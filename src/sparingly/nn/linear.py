@@ -59,7 +59,7 @@ class KeptInputs(Selective):
     def _served(self) -> Bank:
         """The rows that run, one for each input channel: [inputs, outputs]."""
         rows = _rows.by_input(self)
-        return Bank(rows, None) if self._kind is None else self._kept("int8", lambda: Bank.int8(rows), self.weight)
+        return Bank(rows) if self._kind is None else self._kept("int8", lambda: Bank.int8_of_inputs(rows), self.weight)
 
     def _rest(self) -> Tensor | None:
         """What a token starts from, float32 [outputs]: the bias, and every channel at its centre."""
@@ -129,9 +129,9 @@ class SelectiveInputs(KeptInputs):
             self._note(MANY if many else _rows.HALF if half else GRADIENTS, tokens)
             return F.linear(selector.masked(x), self._served().values(self.weight.dtype).t(), self.bias)
         flat = selector.centred(x.reshape(tokens, self.in_features))
-        rows, scale = self._served()
-        sums = threshold_accumulate(flat, rows, selector.cut, scale, self._rest(), self.ran)
-        return sums.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        bank, start = self._served(), self._rest()
+        sums = threshold_accumulate(flat, bank.rows, selector.cut, bank.scale, bank.begin(start), self.ran)
+        return bank.end(sums, start).to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
         return F.linear(x, _rows.by_output(self), self.bias)

@@ -315,34 +315,35 @@ class SelectiveMLP(Selective):
 
     def _served_up(self, up: Tensor) -> Bank:
         """The rows [units, in_features] that run of the weight ``up`` of a gated layer."""
-        return Bank(up, None) if self._kind is None else self._kept("int8 up", lambda: Bank.int8(up), up)
+        return Bank(up) if self._kind is None else self._kept("int8 up", lambda: Bank.int8(up), up)
 
     def _served_down(self, layers: _Layers) -> Bank:
         """The rows [units, out_features] that run of ``down``."""
         down = _rows.by_input(layers.down)
         if self._kind is None:
-            return Bank(down, None)
-        return self._kept("int8 down", lambda: Bank.int8(down), layers.down.weight)
+            return Bank(down)
+        return self._kept("int8 down", lambda: Bank.int8_of_inputs(down), layers.down.weight)
 
     def _run_activated(self, layers: _Layers, x: Tensor) -> Tensor:
         """Every activation, then the units that pass: x [tokens, in_features] -> [tokens, out_features]."""
         assert isinstance(self.selector, Threshold)
         selector, rows = self.selector, self._rows(layers)
-        down, down_scale = self._served_down(layers)
+        down = self._served_down(layers)
         values = selector.centred(self._values(layers, rows, x))
         start = self._rest(layers, rows[1].bias if self.gated else None)
         if not self.gated:
-            return threshold_accumulate(values, down, selector.cut, down_scale, start, self.ran)
+            sums = threshold_accumulate(values, down.rows, selector.cut, down.scale, down.begin(start), self.ran)
+            return down.end(sums, start)
         weight, bias = rows[1]
-        up, up_scale = self._served_up(weight)
+        up = self._served_up(weight)
         cut_out = selector.cut_out if selector.cut_out.numel() else None
-        args = (values, x, up, down, selector.cut, cut_out, _float(bias), up_scale, down_scale, start, self.ran)
-        out = gated_rows(*args)
+        cuts, scales = (selector.cut, cut_out, _float(bias)), (up.scale, down.scale, down.begin(start))
+        out = down.end(gated_rows(values, x, up.rows, down.rows, *cuts, *scales, self.ran), start)
         if not selector.centre.numel():
             return out
-        codes, scale = self._resting(layers, weight)
-        every = codes.new_zeros(codes.shape[0], dtype=torch.float32)
-        return out + threshold_accumulate(x, codes, every, scale, None, torch.zeros_like(self.ran))
+        resting = self._resting(layers, weight)
+        every = resting.rows.new_zeros(resting.rows.shape[0], dtype=torch.float32)
+        return out + threshold_accumulate(x, resting.rows, every, resting.scale, None, torch.zeros_like(self.ran))
 
     def _rest(self, layers: _Layers, bias: Tensor | None) -> Tensor | None:
         """What a token starts from, float32 [out_features]: the bias, and all that units at their centre add to it.

@@ -101,7 +101,7 @@ class ScreenHead(Selective, nn.Linear):
         # Screens do not take float16 inputs; its weights they do.
         weight = self.weight.float() if self.weight.dtype == torch.float16 else self.weight
         bias = None if self.bias is None else self.bias.to(weight.dtype)
-        rows, scale = (weight, None) if self._kind is None else self._served()
+        rows, scale, _ = Bank(weight) if self._kind is None else self._served()
         test = (inputs[held_out] if held_out.any() else inputs)[:MEASURED_TOKENS].to(weight.dtype)
         exact = F.linear(test, weight, bias).float().log_softmax(dim=1)
 
@@ -124,7 +124,7 @@ class ScreenHead(Selective, nn.Linear):
         if torch.compiler.is_compiling():
             keep = min(selector.setting, self.num_units)
             buffers = (selector.projection, selector.offset, selector.codes, selector.shift)
-            logits = _screen_logits(flat, *self._served(), self.bias, *buffers, keep)
+            logits = _screen_logits(flat, *self._served()[:2], self.bias, *buffers, keep)
         else:
             logits = self._screened(flat)
         self._count(tokens, tokens * min(selector.setting, self.num_units))
@@ -132,13 +132,13 @@ class ScreenHead(Selective, nn.Linear):
 
     def _screened(self, hidden: Tensor) -> Tensor:
         """hidden [tokens, in_features] -> logits [tokens, out_features], float32."""
-        rows, scale = self._served()
+        rows, scale, _ = self._served()
         return self.selector.logits(hidden, rows, self.bias, scale)
 
     def _served(self) -> Bank:
         """The rows [out_features, in_features] of which exact logits are."""
         weight = self.weight
-        return Bank(weight, None) if self._kind is None else self._kept("int8", lambda: Bank.int8(weight), weight)
+        return Bank(weight) if self._kind is None else self._kept("int8", lambda: Bank.int8(weight), weight)
 
     def _count(self, tokens: int, units: int) -> None:
         # Of the 200 us that a token takes, two additions to elements of a tensor would be 8.

