@@ -191,3 +191,22 @@ def test_options_out_of_range_are_refused(options):
     (name,) = options
     with pytest.raises(ValueError, match=name):
         RowAdamW([torch.nn.Parameter(torch.zeros(1))], **options)
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1e6])
+def test_max_norm_scales_all_gradients_together_and_leaves_those_of_the_parameters(max_norm):
+    bank, dense = torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(4))
+    twins = [torch.nn.Parameter(one.detach().clone()) for one in (bank, dense)]
+    ours, theirs = sp.optimizer([bank, dense], eps=1.0, max_norm=max_norm), torch.optim.AdamW(twins, eps=1.0)
+    for _ in range(3):
+        rows, vector = torch.randn(5, 3), torch.randn(4)
+        bank.grad, dense.grad = sparse([0, 1, 2, 3, 4], rows.clone(), (5, 3)), vector.clone()
+        twins[0].grad, twins[1].grad = rows.clone(), vector.clone()
+        torch.nn.utils.clip_grad_norm_(twins, max_norm)
+        ours.step()
+        theirs.step()
+        assert torch.equal(bank.grad.to_dense(), rows) and torch.equal(dense.grad, vector)
+    for one, other in zip((bank, dense), twins, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="max_norm must be > 0, or None, got 0"):
+        sp.optimizer([dense], max_norm=0)

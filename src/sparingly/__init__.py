@@ -7,21 +7,24 @@ from sparingly.convert import convert_, restore_
 from sparingly.energy import count, measure
 from sparingly.explain import explain
 from sparingly.metrics import accuracy, agreement, perplexity
-from sparingly.nn import Plan, SelectiveBag, SelectiveHead
+from sparingly.nn import Plan, SelectiveBag, SelectiveFFN, SelectiveHead
 from sparingly.optim import optimizer
 from sparingly.recover import recover
 from sparingly.selection import Selection
 from sparingly.selectors import (
     Dense,
+    Experts,
     Graph,
     InputThreshold,
     LowRank,
     Oracle,
     Partition,
+    ProductKey,
     Random,
     Screen,
     Selector,
     Threshold,
+    Tree,
     Zeros,
 )
 from sparingly.store import load, save
@@ -31,19 +34,23 @@ __version__ = "0.1.0"
 __all__ = [
     "Contract",
     "Dense",
+    "Experts",
     "Graph",
     "InputThreshold",
     "LowRank",
     "Oracle",
     "Partition",
     "Plan",
+    "ProductKey",
     "Random",
     "Screen",
     "Selection",
     "SelectiveBag",
+    "SelectiveFFN",
     "SelectiveHead",
     "Selector",
     "Threshold",
+    "Tree",
     "Zeros",
     "__version__",
     "accuracy",

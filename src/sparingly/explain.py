@@ -12,7 +12,8 @@ from torch import nn
 from sparingly.contract import Contract
 from sparingly.convert import CONTRACT
 from sparingly.nn.decoding import compiled_steps
-from sparingly.nn.selective import needed_layers
+from sparingly.nn.ffn import SelectiveFFN
+from sparingly.nn.selective import needed_layers, selective_modules
 from sparingly.ops import fallbacks, registered
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class Layer:
     ``share_run``: share of its units that ran, 0..1, None before the first token; ``tokens``: how many came,
     ``dense_tokens``: of these, how many took one dense product; ``why_dense``: reason -> tokens.
     ``rows``: what selected units run from, "int8", or None for the weights as they are.
+    ``share_used``: of a layer that is trained selectively, the share of its units that have run in training; units that
+    never run learn nothing (``layer.revive()``). None for converted layers.
     ``size_bytes``: weights read per token so far, None before the first; ``dense_bytes``: when every unit runs from the
     weights as they are. The pixels of an image read the rows of a convolution
     together: there it is all of them for the image.
@@ -44,6 +47,7 @@ class Layer:
     dense_bytes: int
     kernel: str
     why_dense: dict[str, int]
+    share_used: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,14 @@ class Explanation:
             "layer", "selector", "setting", "units", "rows", "ran", "kernel", "dense because", show_edge=False
         )
         for layer in self.layers:
-            ran = "-" if layer.share_run is None else f"{layer.share_run:.0%}"
+            ran = "-" if layer.share_run is None else _percent(layer.share_run)
+            if layer.share_used is not None and layer.share_used > 0:
+                ran += f" ({_percent(layer.share_used)} ever)"
             reasons = "; ".join(f"{reason} ({count:,} tokens)" for reason, count in layer.why_dense.items())
             chosen = (layer.name, layer.selector, str(layer.setting), f"{layer.units:,}", layer.rows or "as weights")
             table.add_row(*chosen, ran, layer.kernel, reasons)
-        told = ["not calibrated: no contract" if self.contract is None else str(self.contract), self.decoding]
+        bare = self.contract is None and any(layer.share_used is None for layer in self.layers)
+        told = ["not calibrated: no contract" if bare else self.contract and str(self.contract), self.decoding]
         table.caption = "\n".join(filter(None, told))
         return table
 
@@ -93,7 +100,8 @@ def explain(model: nn.Module) -> Explanation:
 
     Raises ValueError if there are none.
     """
-    layers = needed_layers(model)
+    trained = {name: module for name, module in model.named_modules() if isinstance(module, SelectiveFFN)}
+    layers = (selective_modules if trained else needed_layers)(model) | trained
     rows = []
     known = {(name, where): (available, reason) for name, where, available, reason in registered()}
     for (name, device), fallback in fallbacks().items():
@@ -120,9 +128,15 @@ def explain(model: nn.Module) -> Explanation:
                 dense_bytes=whole,
                 kernel=_kernel(known, layer.ran.device.type, layer.operators()),
                 why_dense=dict(layer.why_dense),
+                share_used=layer.share_used if isinstance(layer, SelectiveFFN) else None,
             )
         )
     return Explanation(tuple(rows), getattr(model, CONTRACT, None), _decoding(model))
+
+
+def _percent(share: float) -> str:
+    """Two digits where it is small: a layer of which a thousandth runs does not run 0 % of its units."""
+    return f"{share:.0%}" if share >= 0.1 or share == 0 else f"{share * 100:.2g}%"
 
 
 def _decoding(model: nn.Module) -> str | None:

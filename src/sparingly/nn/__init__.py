@@ -2,6 +2,7 @@
 
 from sparingly.nn.bag import SelectiveBag
 from sparingly.nn.conv import SelectiveConv
+from sparingly.nn.ffn import SelectiveFFN
 from sparingly.nn.head import SelectiveHead
 from sparingly.nn.linear import SelectiveLinear
 from sparingly.nn.mlp import SelectiveMLP
@@ -16,6 +17,7 @@ __all__ = [
     "Selective",
     "SelectiveBag",
     "SelectiveConv",
+    "SelectiveFFN",
     "SelectiveHead",
     "SelectiveLinear",
     "SelectiveMLP",

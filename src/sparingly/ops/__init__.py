@@ -4,6 +4,8 @@ from sparingly.ops._registry import Fallback, Op, clear_fallbacks, fallbacks, re
 from sparingly.ops.gated_rows import gated_rows
 from sparingly.ops.gather_accumulate import gather_accumulate
 from sparingly.ops.gather_dot import gather_dot
+from sparingly.ops.mlp_rows import mlp_rows
+from sparingly.ops.product_topk import product_topk
 from sparingly.ops.row_adamw import row_adamw_
 from sparingly.ops.scatter_outer import scatter_outer
 from sparingly.ops.threshold_accumulate import threshold_accumulate
@@ -17,6 +19,8 @@ __all__ = [
     "gated_rows",
     "gather_accumulate",
     "gather_dot",
+    "mlp_rows",
+    "product_topk",
     "registered",
     "row_adamw_",
     "scatter_outer",

@@ -44,7 +44,7 @@ def of_rows_and_bias(
     """
     num_rows = rows.shape[0]
     if sparse and need_rows and not need_bias and _plain(weights, vectors, ids):
-        touched, places, bounds = group(ids)
+        touched, places, bounds = group(ids, num_rows)
         values = grouped_sums(weights, vectors, places, bounds)
         return _sparse(values.to(rows.dtype), touched, num_rows), None
     touched, slots, size = (None, ids, num_rows)

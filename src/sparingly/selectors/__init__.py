@@ -2,31 +2,42 @@
 
 from sparingly.selectors.base import Selector
 from sparingly.selectors.controls import Dense, Oracle, Random
+from sparingly.selectors.experts import Experts
 from sparingly.selectors.graph import Graph
 from sparingly.selectors.lowrank import LowRank
 from sparingly.selectors.partition import Partition
+from sparingly.selectors.product_key import ProductKey
 from sparingly.selectors.screen import Screen
 from sparingly.selectors.threshold import InputThreshold, Threshold, Zeros
+from sparingly.selectors.tree import Tree
 
 __all__ = [
     "SELECTORS",
     "Dense",
+    "Experts",
     "Graph",
     "InputThreshold",
     "LowRank",
     "Oracle",
     "Partition",
+    "ProductKey",
     "Random",
     "Screen",
     "Selector",
     "Threshold",
+    "Tree",
     "Zeros",
     "selector_class",
 ]
 
 SELECTORS: dict[str, type[Selector]] = {
     cls.__name__: cls
-    for cls in (Dense, Random, Oracle, Graph, Partition, Threshold, InputThreshold, Zeros, LowRank, Screen)
+    for cls in (
+        *(Dense, Random, Oracle),
+        *(Graph, Partition, Screen),
+        *(Threshold, InputThreshold, Zeros, LowRank),
+        *(ProductKey, Experts, Tree),
+    )
 }
 """Class name -> class. A selector of your own that is to be saved and loaded is one more row."""
 

@@ -66,6 +66,15 @@ class Selector(nn.Module, ABC):
     def select(self, hidden: Tensor) -> Selection:
         """hidden [tokens, d] -> which units run. Raises RuntimeError before a fit."""
 
+    def select_from(self, hidden: Tensor, bank: Tensor, bias: Tensor | None) -> Selection:
+        """:meth:`select`, with the bank [num_units, d] and bias [num_units] at hand, for those that look at them."""
+        return self.select(hidden)
+
+    @property
+    def width(self) -> int:
+        """How many places a token's selection has, ids [tokens, width]; those of :attr:`setting` units unless said."""
+        return self.setting
+
     def topk(
         self, hidden: Tensor, bank: Tensor, bias: Tensor | None, k: int, scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -97,6 +106,14 @@ class Selector(nn.Module, ABC):
         hidden [tokens, d], detached; target [tokens, m], int64, -1 is a pad.
         """
         return None
+
+    def revive(self, used: Tensor) -> Tensor:
+        """Make units findable that never run, beside units that do.
+
+        used: bool [num_units], which ones ran lately. Returns int64 [num_units]: for a unit that can be found now the
+        one whose place in the choice it shares, -1 for all others. Selectors that cannot do it change nothing.
+        """
+        return torch.full_like(used, -1, dtype=torch.int64)
 
     def settings(self) -> list[int]:
         """Values that :attr:`setting` may take, cheapest first; empty if there is nothing to choose."""

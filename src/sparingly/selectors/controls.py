@@ -53,6 +53,11 @@ class Dense(Selector):
         check_bank(bank, bias)
         self.num_units = bank.shape[0]
 
+    @property
+    def width(self) -> int:
+        """See :attr:`Selector.width`."""
+        return self.num_units
+
     def select(self, hidden: Tensor) -> Selection:
         """hidden [tokens, d] -> ids [num_units], shared by all tokens."""
         if self.num_units < 0:
@@ -81,6 +86,11 @@ class Random(Selector):
         """Remember how many units there are. See :meth:`Selector.fit`."""
         check_bank(bank, bias)
         self.num_units = bank.shape[0]
+
+    @property
+    def width(self) -> int:
+        """See :attr:`Selector.width`."""
+        return min(self.budget, self.num_units)
 
     def select(self, hidden: Tensor) -> Selection:
         """hidden [tokens, d] -> ids [tokens, budget], distinct within a token."""
@@ -120,11 +130,20 @@ class Oracle(Selector):
         self.bank, self.bias = bank.detach(), None if bias is None else bias.detach()
         self.num_units = bank.shape[0]
 
-    @torch.no_grad()
+    @property
+    def width(self) -> int:
+        """See :attr:`Selector.width`."""
+        return min(self.budget, self.num_units)
+
     def select(self, hidden: Tensor) -> Selection:
         """hidden [tokens, d] -> ids [tokens, budget], best first."""
         self.check_fitted()
-        _, ids = exact_topk(hidden, self.bank, self.bias, min(self.budget, self.num_units))
+        return self.select_from(hidden, self.bank, self.bias)
+
+    @torch.no_grad()
+    def select_from(self, hidden: Tensor, bank: Tensor, bias: Tensor | None) -> Selection:
+        """The same of a bank [num_units, d] as it is now."""
+        _, ids = exact_topk(hidden, bank, bias, self.width)
         return Selection(ids, self.num_units)
 
     def config(self) -> dict[str, Any]:

@@ -47,14 +47,45 @@ def _sum(start, stop, weights, vectors, places, bounds, sums):
                 sums[group, j] += weight * vectors[place // k, j]
 
 
-def group(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ids int64 [tokens, k], -1 is a pad -> (touched [n], places [tokens * k], bounds [n + 1]), all int64.
+@compiled
+def _count_places(ids, starts, touched, places, bounds):
+    """The same for ids of few rows, starts [num_rows] of zeros: counted instead of sorted. Leaves pads out."""
+    for position in range(ids.size):
+        if ids[position] >= 0:
+            starts[ids[position]] += 1
+    groups, start = 0, 0
+    for row in range(starts.size):
+        if starts[row]:
+            touched[groups], bounds[groups] = row, start
+            start += starts[row]
+            starts[row] = bounds[groups]
+            groups += 1
+    bounds[groups] = start
+    for position in range(ids.size):
+        if ids[position] >= 0:
+            places[starts[ids[position]]] = position
+            starts[ids[position]] += 1
+    return groups
 
-    ``touched``: the ids in rising order; the flat places ``places[bounds[i]:bounds[i + 1]]`` hold ``touched[i]``.
+
+COUNTED = 16
+"""With up to so many rows for each id, counting them takes less time than sorting the ids."""
+
+
+def group(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ids int64 [tokens, k] below num_rows, -1 is a pad -> (touched [n], places [_], bounds [n + 1]), all int64.
+
+    ``touched``: the ids in rising order; the flat places ``places[bounds[i]:bounds[i + 1]]`` hold ``touched[i]``, and
+    rise.
     """
-    ordered, places = ids.reshape(-1).sort(stable=True)
-    touched, bounds = torch.empty_like(ordered), ordered.new_empty(ordered.shape[0] + 1)
-    groups = _bounds(ordered.numpy(), touched.numpy(), bounds.numpy())
+    flat = ids.reshape(-1)
+    touched, bounds = torch.empty_like(flat), flat.new_empty(flat.shape[0] + 1)
+    if num_rows <= COUNTED * flat.shape[0]:
+        places, starts = torch.empty_like(flat), flat.new_zeros(num_rows)
+        groups = _count_places(flat.numpy(), starts.numpy(), touched.numpy(), places.numpy(), bounds.numpy())
+    else:
+        ordered, places = flat.sort(stable=True)
+        groups = _bounds(ordered.numpy(), touched.numpy(), bounds.numpy())
     return touched[:groups].clone(), places, bounds[: groups + 1]
 
 

@@ -1,0 +1,125 @@
+"""Two-layer perceptron of selected units on the CPU: eight rows at once, a token's sum stays in the cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparingly.ops._arrays import check_range, not_for_numba, scan_ids
+from sparingly.ops._numba import EIGHT, axpy, axpy_eight, dot, dot_eight, eight, prefetch_row, to_f32
+from sparingly.ops._numba import kernel as compiled
+from sparingly.ops._threads import run_chunks
+from sparingly.ops._views import CPU, LIKE, addresses, matrix_at, packed, vector_at
+from sparingly.ops.mlp_rows._activations import NUMBERS, activate
+from sparingly.ops.mlp_rows._count import record
+
+
+@compiled
+def run_token(token, act, block, hidden, up, bias, down, ids, weights, scores, sums, units, values):
+    """The units of one row of ids [tokens, k]; weights [tokens, k] or [0, 0]; units and values [k * block]: scratch."""
+    count = 0
+    for j in range(down.shape[1]):
+        sums[token, j] = np.float32(0.0)
+    for place in range(ids.shape[1]):
+        first = ids[token, place]
+        if first < 0:
+            for r in range(block):
+                scores[token, place * block + r] = np.float32(0.0)
+            continue
+        for r in range(block):
+            units[count] = first * block + r
+            prefetch_row(up, first * block + r)
+            count += 1
+    whole = count - count % EIGHT
+    for at in range(0, whole, EIGHT):
+        s0, s1, s2, s3, s4, s5, s6, s7 = dot_eight(up, eight(units, at, 1), hidden, token)
+        values[at], values[at + 1], values[at + 2], values[at + 3] = s0, s1, s2, s3
+        values[at + 4], values[at + 5], values[at + 6], values[at + 7] = s4, s5, s6, s7
+        for one in range(at, at + EIGHT):
+            prefetch_row(down, units[one])
+    for at in range(whole, count):
+        values[at] = dot(up, units[at], hidden, token)
+        prefetch_row(down, units[at])
+    at = 0
+    for place in range(ids.shape[1]):
+        if ids[token, place] < 0:
+            continue
+        weight = weights[token, place] if weights.size else np.float32(1.0)
+        for r in range(block):
+            score = values[at]
+            if bias.size:
+                score += to_f32(bias[units[at]])
+            scores[token, place * block + r] = score
+            values[at] = activate(act, score) * weight
+            at += 1
+    for at in range(0, whole, EIGHT):
+        axpy_eight(eight(values, at, 1), eight(units, at, 1), down, sums, token)
+    for at in range(whole, count):
+        axpy(values[at], down, units[at], sums, token)
+
+
+@compiled
+def part(start, stop, like, sizes, at):
+    """Tokens start..stop of what lies at addresses, rows of the type of ``like``."""
+    tokens, k, block, num_units, d_in, d_out, act = sizes
+    hidden, up, down = (
+        matrix_at(at[0], tokens, d_in, np.float32),
+        matrix_at(at[1], num_units, d_in, like.dtype),
+        matrix_at(at[3], num_units, d_out, like.dtype),
+    )
+    bias, ids = vector_at(at[2], num_units, like.dtype), matrix_at(at[4], tokens, k, np.int64)
+    weights = matrix_at(at[5], tokens if at[5] else 0, k, np.float32)
+    scores, sums = matrix_at(at[6], tokens, k * block, np.float32), matrix_at(at[7], tokens, d_out, np.float32)
+    units, values = np.empty(k * block, np.int64), np.empty(k * block, np.float32)
+    for token in range(start, stop):
+        run_token(token, act, block, hidden, up, bias, down, ids, weights, scores, sums, units, values)
+
+
+@compiled
+def _valid(sizes, at):
+    """How many ids are not pads; -1 if one is out of range."""
+    tokens, k, block, num_units, _, _, _ = sizes
+    bad, valid = scan_ids(vector_at(at, tokens * k, np.int64), num_units // block)
+    return -1 if bad >= 0 else valid
+
+
+def unsupported(
+    hidden: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor | None,
+    block: int,
+    activation: str,
+) -> str | None:
+    """Why the kernel cannot serve these arguments, or None."""
+    return not_for_numba(hidden, up, bias, down, weights, contiguous=(up, down))
+
+
+def kernel(
+    hidden: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor | None,
+    block: int,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`sparingly.ops.mlp_rows.mlp_rows` and its reference."""
+    (tokens, k), (num_units, d_in), d_out = ids.shape, up.shape, down.shape[1]
+    vectors, places = hidden.float().contiguous(), ids.contiguous()
+    factors = None if weights is None else weights.float().contiguous()
+    scores = torch.empty((tokens, k * block), dtype=torch.float32, device=CPU)
+    sums = torch.empty((tokens, d_out), dtype=torch.float32, device=CPU)
+    tensors = (vectors, up, packed(bias), down, places, factors, scores, sums)
+    at, sizes = addresses(*tensors), (tokens, k, block, num_units, d_in, d_out, NUMBERS[activation])
+    valid = _valid(sizes, at[4])
+    if valid < 0:
+        check_range(ids, num_units // block)
+    work_bytes = valid * block * (d_in + d_out) * up.element_size()
+    run_chunks(part, tokens, work_bytes, LIKE[up.dtype], sizes, at, keep=tensors)
+    record(valid * block, hidden, up, bias, down, ids, weights, scores, sums)
+    return sums, scores
