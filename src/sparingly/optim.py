@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,13 @@ def optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.01,
-    max_norm: float | None = None,
 ) -> RowAdamW:
     """One :class:`RowAdamW` for all parameters of ``model`` that require a gradient.
 
     ``model``: a module, or parameters or parameter groups as any ``torch.optim.Optimizer`` takes them.
     """
     params = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else model
-    return RowAdamW(params, lr, betas, eps, weight_decay, max_norm)
+    return RowAdamW(params, lr, betas, eps, weight_decay)
 
 
 class RowAdamW(torch.optim.Optimizer):
@@ -43,10 +43,9 @@ class RowAdamW(torch.optim.Optimizer):
     Args:
         params: parameters, or groups of them with their own options.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
-        max_norm: gradients count as scaled down to this norm where that of all of them together is larger; None: never.
-            ``torch.nn.utils.clip_grad_norm_`` does not take sparse gradients.
 
-    Every gradient is checked before anything is written: a step that raises has changed nothing.
+    Every gradient is checked before anything is written: a step that raises has changed nothing. The first optimiser
+    of a process gives sparse tensors the norm that ``torch.nn.utils.clip_grad_norm_`` needs and PyTorch lacks.
     """
 
     def __init__(
@@ -56,20 +55,17 @@ class RowAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        max_norm: float | None = None,
     ):
         for name, value, fits in (
             ("lr", lr, lr >= 0),
             ("eps", eps, eps >= 0),
             ("weight_decay", weight_decay, weight_decay >= 0),
-            ("max_norm", max_norm, max_norm is None or max_norm > 0),
             ("betas", betas, all(0 <= beta < 1 for beta in betas)),
         ):
             if not fits:
-                allowed = {"betas": "in 0..1, 1 left out", "max_norm": "> 0, or None"}.get(name, ">= 0")
-                raise ValueError(f"{name} must be {allowed}, got {value}")
+                raise ValueError(f"{name} must be {'in 0..1, 1 left out' if name == 'betas' else '>= 0'}, got {value}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.max_norm = max_norm
+        _give_sparse_gradients_a_norm()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -85,8 +81,6 @@ class RowAdamW(torch.optim.Optimizer):
         work = [
             (group, [(p, _checked(p)) for p in group["params"] if p.grad is not None]) for group in self.param_groups
         ]
-        if self.max_norm is not None:
-            work = _clipped(work, self.max_norm)
         for group, pairs in work:
             dense = []
             for param, grad in pairs:
@@ -137,7 +131,8 @@ class RowAdamW(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            fused=False,
+            # One pass over each parameter instead of a dozen: a quarter of the time for the small ones of a network.
+            fused=all(one.is_cpu for pair in pairs for one in pair),
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -178,24 +173,24 @@ def _checked(param: Tensor) -> Tensor:
     return grad
 
 
-Work = list[tuple[dict[str, Any], list[tuple[Tensor, Tensor]]]]
+@cache
+def _give_sparse_gradients_a_norm() -> None:
+    """Fill a gap of PyTorch's, by which ``torch.nn.utils.clip_grad_norm_`` and ``Trainer`` refuse sparse gradients."""
+    for device in ("SparseCPU", "SparseCUDA"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::linalg_vector_norm", device):
+            _GAPS.impl("linalg_vector_norm", _sparse_norm, device)
 
 
-def _clipped(work: Work, max_norm: float) -> Work:
-    """The same with gradients scaled to a norm of at most ``max_norm`` together; those of the parameters stay."""
-    values = [grad._values() if grad.is_sparse else grad for _, pairs in work for _, grad in pairs]
-    if not values:
-        return work
-    norms = [torch.linalg.vector_norm(value, dtype=torch.float32) for value in values]
-    factor = max_norm / max(float(torch.stack([norm.to(norms[0].device) for norm in norms]).norm()), max_norm)
-    return work if factor == 1.0 else [(group, [(p, _scaled(g, factor)) for p, g in pairs]) for group, pairs in work]
+_GAPS = torch.library.Library("aten", "IMPL")
 
 
-def _scaled(grad: Tensor, factor: float) -> Tensor:
-    if not grad.is_sparse:
-        return grad * factor
-    values = grad._values() * factor
-    return torch.sparse_coo_tensor(grad._indices(), values, grad.shape, is_coalesced=True, check_invariants=False)
+def _sparse_norm(
+    grad: Tensor, order: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    if dim is not None or keepdim:
+        raise NotImplementedError("the norm of a sparse tensor is that of all its values: dim must be None")
+    whole = grad if rises(grad._indices()[0]) else grad.coalesce()
+    return torch.linalg.vector_norm(whole._values(), order, dtype=dtype)
 
 
 def _give_rows_their_own_steps(state: dict[str, Any], param: Tensor) -> None:
