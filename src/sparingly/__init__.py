@@ -4,10 +4,11 @@ from sparingly.calibrate import calibrate
 from sparingly.compare import compare
 from sparingly.contract import Contract
 from sparingly.convert import convert_, restore_
+from sparingly.distributed import average_gradients
 from sparingly.energy import count, measure
 from sparingly.explain import explain
 from sparingly.metrics import accuracy, agreement, perplexity
-from sparingly.nn import Plan, SelectiveBag, SelectiveFFN, SelectiveHead
+from sparingly.nn import Plan, SelectiveBag, SelectiveFFN, SelectiveHead, compile_plan
 from sparingly.optim import optimizer
 from sparingly.recover import recover
 from sparingly.selection import Selection
@@ -55,8 +56,10 @@ __all__ = [
     "__version__",
     "accuracy",
     "agreement",
+    "average_gradients",
     "calibrate",
     "compare",
+    "compile_plan",
     "convert_",
     "count",
     "explain",

@@ -1,6 +1,7 @@
 """Modules that own banks."""
 
 from sparingly.nn.bag import SelectiveBag
+from sparingly.nn.compiled import CompiledPlan, compile_plan
 from sparingly.nn.conv import SelectiveConv
 from sparingly.nn.ffn import SelectiveFFN
 from sparingly.nn.head import SelectiveHead
@@ -12,6 +13,7 @@ from sparingly.nn.selective import Selective
 from sparingly.nn.tune import Tried, TuneReport
 
 __all__ = [
+    "CompiledPlan",
     "Plan",
     "ScreenHead",
     "Selective",
@@ -23,4 +25,5 @@ __all__ = [
     "SelectiveMLP",
     "Tried",
     "TuneReport",
+    "compile_plan",
 ]

@@ -19,9 +19,12 @@ from sparingly.selectors.base import Selector, check_bank
 
 
 @compiled
-def _descend(start, stop, trees, depth, hidden, bank, bias, ids):
-    """Paths of the tokens start..stop; ids [tokens, trees * depth], -1 where a path has ended."""
-    size = bank.shape[0] // trees
+def descend(start, stop, trees, depth, block, hidden, bank, bias, ids):
+    """Paths of the tokens start..stop; ids [tokens, trees * depth], -1 where a path has ended.
+
+    The first of ``block`` rows of bank and bias is that of a unit.
+    """
+    size = bank.shape[0] // block // trees
     for token in range(start, stop):
         for tree in range(trees):
             node = 0
@@ -29,9 +32,9 @@ def _descend(start, stop, trees, depth, hidden, bank, bias, ids):
                 unit = tree * size + node
                 ids[token, tree * depth + level] = unit if node < size else -1
                 if node < size and 2 * node + 1 < size and level + 1 < depth:
-                    score = dot(bank, unit, hidden, token)
+                    score = dot(bank, unit * block, hidden, token)
                     if bias.size:
-                        score += bias[unit]
+                        score += bias[unit * block]
                     node = 2 * node + 1 + (score > np.float32(0.0))
                 else:
                     node = size
@@ -99,7 +102,7 @@ class Tree(Selector):
             ids = torch.empty(tokens, self.trees * depth, dtype=torch.int64)
             places = (as_numpy(hidden.float().contiguous()), as_numpy(bank), as_vector(bias), as_numpy(ids))
             work = tokens * ids.shape[1] * bank.shape[1] * bank.element_size()
-            run_chunks(_descend, tokens, work, self.trees, depth, *places)
+            run_chunks(descend, tokens, work, self.trees, depth, 1, *places)
             self._record(ids.view(-1, depth), hidden, bank, bias)
             return Selection(ids, units)
         roots = torch.arange(self.trees, device=hidden.device) * size

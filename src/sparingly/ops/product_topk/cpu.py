@@ -24,7 +24,7 @@ _TOP, _SIGN, _INFINITY = np.int64(0x7FFFFFFF), np.int64(0x80000000), np.int64(0x
 
 
 @inlined
-def _fill(keys, bits, row, n):
+def fill_keys(keys, bits, row, n):
     """keys[:n] from float32 scores given as their bits, uint32 [row, n]: larger scores, then lower places, first.
 
     NaN counts as largest, whatever its sign.
@@ -39,7 +39,7 @@ def _fill(keys, bits, row, n):
 
 
 @compiled
-def _best(keys, n, k, places):
+def best_places(keys, n, k, places):
     """The places of the k largest of keys[:n], best first; k <= n."""
     last = np.int64(np.iinfo(np.int64).max)
     for rank in range(k):
@@ -61,26 +61,30 @@ def best_sums(row, left, right, scratch, scores, ids):
     keys, at, sums, bits, picked = scratch
     k, n, m = scores.shape[1], left[0].shape[1], right[0].shape[1]
     many, more = min(k, n), min(k, m)
-    _fill(keys, left[1], row, n)
-    _best(keys, n, many, at[0])
-    _fill(keys, right[1], row, m)
-    _best(keys, m, more, at[1])
+    fill_keys(keys, left[1], row, n)
+    best_places(keys, n, many, at[0])
+    fill_keys(keys, right[1], row, m)
+    best_places(keys, m, more, at[1])
     pairs = 0
     for i in range(many):
         for j in range(min(k // (i + 1), more)):
             sums[0, pairs] = left[0][row, at[0, i]] + right[0][row, at[1, j]]
             at[2, pairs] = at[0, i] * m + at[1, j]
             pairs += 1
-    _fill(keys, bits, 0, pairs)
-    _best(keys, pairs, k, picked)
+    fill_keys(keys, bits, 0, pairs)
+    best_places(keys, pairs, k, picked)
     for rank in range(k):
         scores[row, rank] = sums[0, picked[rank]]
         ids[row, rank] = at[2, picked[rank]]
 
 
+@compiled
 def pairs_of(n: int, m: int, k: int) -> int:
     """How many sums of two lists' best are looked at."""
-    return sum(min(k // (i + 1), k, m) for i in range(min(k, n)))
+    pairs = 0
+    for i in range(min(k, n)):
+        pairs += min(k // (i + 1), m)
+    return pairs
 
 
 @compiled

@@ -1,0 +1,212 @@
+"""A whole trained network as one compiled call, for one input at a time."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sparingly.energy import ledger
+from sparingly.nn import _program_kernels as kernels
+from sparingly.nn.ffn import SelectiveFFN
+from sparingly.ops._arrays import first_not_finite
+from sparingly.ops._pages import request_huge_pages
+from sparingly.ops.mlp_rows._activations import NUMBERS
+from sparingly.selectors import Experts, ProductKey, Tree
+
+Row = list[int]
+
+_FUNCTIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu"}
+_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
+_NOTHING = (nn.Identity, nn.Dropout, nn.Flatten)
+ALLOWED = (
+    "Linear, LayerNorm, SelectiveFFN with ProductKey, Experts or Tree, ReLU, GELU, SiLU, Dropout, Identity, Flatten, "
+    "and sums of two results"
+)
+
+
+def compile_plan(model: nn.Module) -> CompiledPlan:
+    """``model`` in evaluation mode as one compiled call on one thread, without PyTorch in between.
+
+    For small networks at batch 1: the calls between the layers cost more there than the layers. It reads the model's
+    own parameters, so in-place changes show; make it again after ``.to()`` or after replacing a parameter or a layer.
+
+    Args:
+        model: float32 on the CPU, from one tensor [tokens, d] to another, made of Linear, LayerNorm over the last
+            dimension, :class:`SelectiveFFN`, activations, and residual sums; ``forward`` must be one straight line,
+            as ``torch.fx`` traces it.
+
+    Raises TypeError or ValueError, naming the part and saying what is allowed, for any other model.
+    """
+    return CompiledPlan(model)
+
+
+class CompiledPlan:
+    """See :func:`compile_plan`. While a ledger counts, the model itself runs, so that it sees what that does; the
+    work is the same."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._keep: list[Tensor] = []
+        self._sizes: dict[fx.Node, int] = {}
+        self._places: dict[fx.Node, int] = {}
+        self._rows: list[Row] = []
+        self._eps: list[float] = []
+        self._room = 0
+        # A layer by itself would be traced into: in a sequence it is a step.
+        whole = model if next(model.children(), None) is not None else nn.Sequential(model)
+        self._modules = dict(whole.named_modules())
+        graph = _Tracer().trace(whole)
+        for node in graph.nodes:
+            self._add(node)
+        if not self._rows:
+            raise ValueError("the model computes nothing, so there is nothing to compile")
+        self._table = np.zeros((len(self._rows), kernels.COLUMNS), np.int64)
+        for step, row in enumerate(self._rows):
+            self._table[step, : len(row)] = row
+        self._epsilons, self._work = np.array(self._eps, np.float32), np.empty(self._room, np.float32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float32 [tokens, d] -> [tokens, n], float32, detached. Raises ValueError or TypeError for another x, or
+        one that is not finite. Not for two threads at once."""
+        if ledger.active():
+            with torch.no_grad():
+                return self._model(x)
+        if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != self.in_features or not x.is_cpu:
+            got = f"{list(x.shape)}, {x.dtype}, {x.device}"
+            raise ValueError(f"x must be float32 [tokens, {self.in_features}] on the CPU, got {got}")
+        x = x.detach().contiguous()
+        bad = first_not_finite(x)
+        if bad >= 0:
+            raise ValueError(f"x must be finite, got infinity or NaN for token {bad}")
+        out = np.empty((x.shape[0], self.out_features), np.float32)
+        kernels.run(self._table, self._epsilons, x.numpy(), out, self._work)
+        return torch.from_numpy(out)
+
+    def _add(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            if self._places:
+                raise ValueError(f"the model must have one input, got another one: {node.name!r}")
+            self.in_features = self._first_width(node)
+            self._result(node, self.in_features)
+        elif node.op == "output":
+            last = node.args[0]
+            if not isinstance(last, fx.Node) or last not in self._places:
+                raise ValueError(f"the model must give one tensor, got {last!r}")
+            if not self._rows or self._rows[-1][kernels.TO] != self._places[last]:
+                raise ValueError(f"the model's last step must give its result, got that of {last.name!r}")
+            self.out_features = self._sizes[last]
+        elif node.op == "call_module":
+            self._module(node, self._modules[str(node.target)])
+        elif node.target in (operator.add, torch.add, "add") and self._known(node.args) and not node.kwargs:
+            one, other = node.all_input_nodes if len(node.all_input_nodes) == 2 else node.all_input_nodes * 2
+            if self._sizes[one] != self._sizes[other]:
+                raise ValueError(f"{node.name!r} adds {self._sizes[one]} and {self._sizes[other]} values")
+            self._step(kernels.ADD, node, one, self._sizes[one], [self._places[other]])
+        elif node.target in _FUNCTIONS and self._known(node.args) and _plain(node.kwargs):
+            self._activation(node, _FUNCTIONS[node.target])
+        else:
+            raise TypeError(f"{node.name!r} ({node.target}) cannot be compiled; allowed are {ALLOWED}")
+
+    def _known(self, args: tuple[Any, ...]) -> bool:
+        return bool(args) and all(isinstance(one, fx.Node) for one in args)
+
+    def _first_width(self, node: fx.Node) -> int:
+        """How wide the input is: what the first module with a width takes."""
+        waiting = list(node.users)
+        while waiting:
+            user = waiting.pop(0)
+            module = self._modules.get(str(user.target)) if user.op == "call_module" else None
+            for name in ("in_features", "d_model"):
+                if isinstance(getattr(module, name, None), int):
+                    return getattr(module, name)
+            if isinstance(module, nn.LayerNorm):
+                return module.normalized_shape[-1]
+            waiting += list(user.users)
+        raise ValueError(f"no part of the model says how wide its input is; allowed are {ALLOWED}")
+
+    def _result(self, node: fx.Node, size: int) -> int:
+        self._sizes[node], self._places[node] = size, self._room
+        # Each result begins at a cache line of the workspace.
+        self._room += -(-size // 16) * 16
+        return self._places[node]
+
+    def _step(self, do: int, node: fx.Node, source: fx.Node, size: int, rest: Row, eps: float = 0.0) -> None:
+        if self._sizes[source] != self._takes(do, source, node):
+            raise ValueError(f"{node.name!r} takes {self._takes(do, source, node)} values, got {self._sizes[source]}")
+        self._rows.append([do, self._places[source], self._result(node, size), self._sizes[source], size, *rest])
+        self._eps.append(eps)
+
+    def _takes(self, do: int, source: fx.Node, node: fx.Node) -> int:
+        module = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Linear):
+            return module.in_features
+        if isinstance(module, SelectiveFFN):
+            return module.d_model
+        return module.normalized_shape[-1] if isinstance(module, nn.LayerNorm) else self._sizes[source]
+
+    def _activation(self, node: fx.Node, name: str) -> None:
+        (source,) = node.all_input_nodes
+        self._step(kernels.ACTIVATE, node, source, self._sizes[source], [NUMBERS[name]])
+
+    def _module(self, node: fx.Node, module: nn.Module) -> None:
+        (source,) = node.all_input_nodes
+        if isinstance(module, SelectiveFFN):
+            do, rest = self._ffn(str(node.target), module)
+            self._step(do, node, source, module.d_model, rest)
+        elif type(module) is nn.Linear:
+            weights = [self._at(module.weight), self._at(module.bias)]
+            self._step(kernels.LINEAR, node, source, module.out_features, weights)
+        elif type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
+            weights = [self._at(module.weight), self._at(module.bias)]
+            self._step(kernels.NORM, node, source, self._sizes[source], weights, module.eps)
+        elif type(module) in _MODULES and getattr(module, "approximate", "none") == "none":
+            self._activation(node, _MODULES[type(module)])
+        elif isinstance(module, _NOTHING):
+            self._sizes[node], self._places[node] = self._sizes[source], self._places[source]
+        else:
+            raise TypeError(f"{node.target!s}, a {type(module).__name__}, cannot be compiled; allowed are {ALLOWED}")
+
+    def _ffn(self, name: str, module: SelectiveFFN) -> tuple[int, Row]:
+        selector = module.selector
+        if type(selector) is ProductKey:
+            keys = (selector.left, selector.right)
+            do, width = kernels.PRODUCT_KEY, selector.heads * selector.setting
+            choice = [selector.heads, selector.key_dim, *(one.shape[1] for one in keys)]
+            choice += [self._at(one) for one in (selector.query, *keys)]
+        elif type(selector) is Experts:
+            do, width = kernels.EXPERTS, selector.setting
+            choice = [selector.num_units, self._at(selector.vectors), self._at(selector.bias)]
+        elif type(selector) is Tree:
+            do, width = kernels.TREE, selector.width
+            choice = [selector.trees, width // selector.trees]
+        else:
+            got = type(selector).__name__
+            raise TypeError(f"{name} must select by ProductKey, Experts or Tree to be compiled, got {got}")
+        layer = [module.num_units, module.block, NUMBERS[module.activation], width]
+        return do, [*layer, *(self._at(one) for one in (module.up, module.bias, module.down)), *choice]
+
+    def _at(self, tensor: Tensor | None) -> int:
+        """The address of a parameter, which lives as long as the plan does; 0 for None."""
+        if tensor is None:
+            return 0
+        value = tensor.detach()
+        if value.dtype != torch.float32 or not value.is_cpu or not value.is_contiguous():
+            raise TypeError(f"parameters must be float32, contiguous, on the CPU, got {value.dtype} on {value.device}")
+        request_huge_pages(value)
+        self._keep.append(value)
+        return value.data_ptr()
+
+
+def _plain(options: dict[str, Any]) -> bool:
+    """True for options of an activation by which it is what its name says."""
+    return all(value in (False, "none") for value in options.values())
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, SelectiveFFN) or super().is_leaf_module(m, module_qualified_name)
