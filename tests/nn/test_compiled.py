@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -87,7 +88,7 @@ class Line(nn.Module):
 
 
 def test_functions():
-    model, x = Line(), torch.randn(5, 7)
+    model, x = Line().eval(), torch.randn(5, 7)
     assert close(sp.compile_plan(model)(x), model(x).detach())
 
 
@@ -134,7 +135,25 @@ class Narrow(nn.Module):
 )
 def test_other_models(model, error, message):
     with pytest.raises(error, match=message):
+        sp.compile_plan(model.eval())
+
+
+def test_training_mode_and_hooks():
+    model = network()
+    model[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="1 has hooks, which a compiled call does not run"):
         sp.compile_plan(model)
+    with pytest.raises(ValueError, match=r"in training mode: call model.eval\(\) first"):
+        sp.compile_plan(model.train())
+
+
+def test_two_threads_at_once():
+    model = network()
+    plan, inputs = sp.compile_plan(model), torch.randn(8, 200, 7)
+    expected = [plan(x) for x in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            assert all(map(torch.equal, pool.map(plan, inputs), expected))
 
 
 def test_bad_input():

@@ -207,6 +207,14 @@ def test_copy_state_save_and_load(tmp_path):
     assert torch.equal(other(x), model(x)) and torch.equal(copy.deepcopy(model)(x), model(x))
 
 
+@pytest.mark.parametrize("name", LEARNED)
+def test_made_without_memory_and_filled_later(name):
+    ffn, x = layer(name), torch.randn(4, D)
+    empty = sp.SelectiveFFN(D, UNITS, selector=SELECTORS[name](), device="meta").to_empty(device="cpu")
+    empty.load_state_dict(ffn.state_dict())
+    assert torch.equal(empty(x), ffn(x))
+
+
 def test_idle_units_get_a_new_start():
     ffn = layer("Experts", 4)
     used = torch.arange(UNITS // 4) % 2 == 0

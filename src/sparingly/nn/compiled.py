@@ -50,6 +50,8 @@ class CompiledPlan:
     work is the same."""
 
     def __init__(self, model: nn.Module):
+        if model.training:
+            raise ValueError("the model is in training mode: call model.eval() first")
         self._model = model
         self._keep: list[Tensor] = []
         self._sizes: dict[fx.Node, int] = {}
@@ -68,11 +70,11 @@ class CompiledPlan:
         self._table = np.zeros((len(self._rows), kernels.COLUMNS), np.int64)
         for step, row in enumerate(self._rows):
             self._table[step, : len(row)] = row
-        self._epsilons, self._work = np.array(self._eps, np.float32), np.empty(self._room, np.float32)
+        self._epsilons = np.array(self._eps, np.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [tokens, d] -> [tokens, n], float32, detached. Raises ValueError or TypeError for another x, or
-        one that is not finite. Not for two threads at once."""
+        one that is not finite."""
         if ledger.active():
             with torch.no_grad():
                 return self._model(x)
@@ -84,7 +86,7 @@ class CompiledPlan:
         if bad >= 0:
             raise ValueError(f"x must be finite, got infinity or NaN for token {bad}")
         out = np.empty((x.shape[0], self.out_features), np.float32)
-        kernels.run(self._table, self._epsilons, x.numpy(), out, self._work)
+        kernels.run(self._table, self._epsilons, x.numpy(), out, np.empty(self._room, np.float32))
         return torch.from_numpy(out)
 
     def _add(self, node: fx.Node) -> None:
@@ -121,11 +123,9 @@ class CompiledPlan:
         while waiting:
             user = waiting.pop(0)
             module = self._modules.get(str(user.target)) if user.op == "call_module" else None
-            for name in ("in_features", "d_model"):
-                if isinstance(getattr(module, name, None), int):
-                    return getattr(module, name)
-            if isinstance(module, nn.LayerNorm):
-                return module.normalized_shape[-1]
+            width = module and _width(module)
+            if width:
+                return width
             waiting += list(user.users)
         raise ValueError(f"no part of the model says how wide its input is; allowed are {ALLOWED}")
 
@@ -136,18 +136,16 @@ class CompiledPlan:
         return self._places[node]
 
     def _step(self, do: int, node: fx.Node, source: fx.Node, size: int, rest: Row, eps: float = 0.0) -> None:
-        if self._sizes[source] != self._takes(do, source, node):
-            raise ValueError(f"{node.name!r} takes {self._takes(do, source, node)} values, got {self._sizes[source]}")
+        takes = self._takes(node, self._sizes[source])
+        if self._sizes[source] != takes:
+            raise ValueError(f"{node.name!r} takes {takes} values, got {self._sizes[source]}")
         self._rows.append([do, self._places[source], self._result(node, size), self._sizes[source], size, *rest])
         self._eps.append(eps)
 
-    def _takes(self, do: int, source: fx.Node, node: fx.Node) -> int:
+    def _takes(self, node: fx.Node, given: int) -> int:
+        """How many values a step takes; as many as it is given, if it takes any number."""
         module = self._modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, nn.Linear):
-            return module.in_features
-        if isinstance(module, SelectiveFFN):
-            return module.d_model
-        return module.normalized_shape[-1] if isinstance(module, nn.LayerNorm) else self._sizes[source]
+        return given if module is None else _width(module) or given
 
     def _activation(self, node: fx.Node, name: str) -> None:
         (source,) = node.all_input_nodes
@@ -155,6 +153,8 @@ class CompiledPlan:
 
     def _module(self, node: fx.Node, module: nn.Module) -> None:
         (source,) = node.all_input_nodes
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise TypeError(f"{node.target!s} has hooks, which a compiled call does not run: remove them first")
         if isinstance(module, SelectiveFFN):
             do, rest = self._ffn(str(node.target), module)
             self._step(do, node, source, module.d_model, rest)
@@ -200,6 +200,15 @@ class CompiledPlan:
         request_huge_pages(value)
         self._keep.append(value)
         return value.data_ptr()
+
+
+def _width(module: nn.Module) -> int | None:
+    """How many values a module takes, if it is one that says so."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    if isinstance(module, SelectiveFFN):
+        return module.d_model
+    return module.normalized_shape[-1] if isinstance(module, nn.LayerNorm) else None
 
 
 def _plain(options: dict[str, Any]) -> bool:

@@ -44,6 +44,8 @@ class SelectiveFFN(nn.Module):
 
     used: Tensor
     ran: Tensor
+    # What explain() asks of every selective layer: this one has neither int8 rows nor anything that made it dense.
+    reads_together, rows, why_dense = False, None, MappingProxyType({})
 
     def __init__(
         self,
@@ -119,8 +121,6 @@ class SelectiveFFN(nn.Module):
         if not compiling:
             self._count(selection.ids, hidden.shape[0])
         return out.to(x.dtype).view(x.shape)
-
-    reads_together, rows, why_dense = False, None, MappingProxyType({})
 
     @property
     def share_used(self) -> float:
