@@ -10,20 +10,13 @@ from sparingly.ops import _arrays
 from sparingly.ops._registry import Op
 from sparingly.ops.mlp_rows import cpu
 from sparingly.ops.mlp_rows._activations import ACTIVATIONS
+from sparingly.ops.mlp_rows._arguments import Arguments
 from sparingly.ops.mlp_rows._gradients import Saved, composed, grouped
 from sparingly.ops.mlp_rows.reference import reference
 
 
-def _check(
-    hidden: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    block: int,
-    activation: str,
-) -> None:
+def _check(*args: Any) -> None:
+    hidden, up, bias, down, ids, weights, block, activation = Arguments._make(args)
     _arrays.check_rows(up, None)
     _arrays.check_rows(down, None)
     _arrays.check_matrix("hidden", hidden, up.shape[1])

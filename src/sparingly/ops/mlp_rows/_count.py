@@ -6,23 +6,14 @@ from torch import Tensor
 
 from sparingly.energy import ledger
 from sparingly.ops._record import tensor_bytes
+from sparingly.ops.mlp_rows._arguments import Arguments
 
 
-def record(
-    visited: int,
-    hidden: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    scores: Tensor,
-    sums: Tensor,
-    copied: int = 0,
-) -> None:
+def record(visited: int, args: Arguments, scores: Tensor, sums: Tensor, copied: int = 0) -> None:
     """``visited``: units that ran, over all tokens; ``copied``: bytes of temporaries, written and read once."""
     if not ledger.active():
         return
+    hidden, up, bias, down, ids, weights, *_ = args
     width = up.shape[1] + down.shape[1]
     unit_bytes = width * up.element_size() + (0 if bias is None else bias.element_size())
     ledger.record(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from sparingly.ops._numba import kernel as compiled
 from sparingly.ops._threads import run_chunks
 from sparingly.ops._views import CPU, LIKE, addresses, matrix_at, packed, vector_at
 from sparingly.ops.mlp_rows._activations import NUMBERS, activate
+from sparingly.ops.mlp_rows._arguments import Arguments
 from sparingly.ops.mlp_rows._count import record
 
 
@@ -84,31 +87,15 @@ def _valid(sizes, at):
     return -1 if bad >= 0 else valid
 
 
-def unsupported(
-    hidden: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    block: int,
-    activation: str,
-) -> str | None:
+def unsupported(*args: Any) -> str | None:
     """Why the kernel cannot serve these arguments, or None."""
+    hidden, up, bias, down, _, weights, *_ = Arguments._make(args)
     return not_for_numba(hidden, up, bias, down, weights, contiguous=(up, down))
 
 
-def kernel(
-    hidden: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    block: int,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
+def kernel(*args: Any) -> tuple[Tensor, Tensor]:
     """See :func:`sparingly.ops.mlp_rows.mlp_rows` and its reference."""
+    hidden, up, bias, down, ids, weights, block, activation = Arguments._make(args)
     (tokens, k), (num_units, d_in), d_out = ids.shape, up.shape, down.shape[1]
     vectors, places = hidden.float().contiguous(), ids.contiguous()
     factors = None if weights is None else weights.float().contiguous()
@@ -121,5 +108,5 @@ def kernel(
         check_range(ids, num_units // block)
     work_bytes = valid * block * (d_in + d_out) * up.element_size()
     run_chunks(part, tokens, work_bytes, LIKE[up.dtype], sizes, at, keep=tensors)
-    record(valid * block, hidden, up, bias, down, ids, weights, scores, sums)
+    record(valid * block, Arguments._make(args), scores, sums)
     return sums, scores

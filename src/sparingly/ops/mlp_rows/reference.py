@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from sparingly.ops._arrays import accumulator, check_range
 from sparingly.ops._record import tensor_bytes
 from sparingly.ops.mlp_rows._activations import ACTIVATIONS
+from sparingly.ops.mlp_rows._arguments import Arguments
 from sparingly.ops.mlp_rows._count import record
 
 
@@ -19,17 +22,9 @@ def units_of(ids: Tensor, block: int) -> Tensor:
     return units.masked_fill(ids.unsqueeze(2) < 0, -1).flatten(1)
 
 
-def reference(
-    hidden: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    ids: Tensor,
-    weights: Tensor | None,
-    block: int,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
+def reference(*args: Any) -> tuple[Tensor, Tensor]:
     """See :func:`sparingly.ops.mlp_rows.mlp_rows`; also the units' sums [tokens, k * block] before the activation."""
+    hidden, up, bias, down, ids, weights, block, activation = Arguments._make(args)
     visited = check_range(ids, up.shape[0] // block) * block
     dtype, units = accumulator(hidden, up), units_of(ids, block)
     pad, rows = units < 0, units.clamp(min=0)
@@ -42,5 +37,5 @@ def reference(
     if weights is not None:
         values = values * weights.to(dtype).repeat_interleave(block, dim=1)
     sums = torch.einsum("tk,tkd->td", values.masked_fill(pad, 0.0), outward)
-    record(visited, hidden, up, bias, down, ids, weights, scores, sums, copied=tensor_bytes(inward, outward))
+    record(visited, Arguments._make(args), scores, sums, copied=tensor_bytes(inward, outward))
     return sums, scores
