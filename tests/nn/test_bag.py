@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sparingly as sp
+from sparingly.ops.scatter_outer.grouped import COUNTED
 
 
 def exact(bag, ids):
@@ -44,7 +45,8 @@ def test_gradients_are_those_of_autograd_and_sparse(ids):
 
 def test_cost_does_not_grow_with_the_table():
     costs = []
-    for num_rows in (1000, 50_000):
+    # More rows than ids that are counted instead of sorted.
+    for num_rows in (120 * COUNTED + 1, 50_000):
         bag = sp.SelectiveBag(num_rows, 16)
         optimizer = sp.optimizer(bag)
         ids = torch.randperm(1000)[:120].view(12, 10)
