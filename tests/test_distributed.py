@@ -17,7 +17,7 @@ import sparingly as sp
 
 STEPS = 4
 # A gradient that is zero but for rounding must not make a whole step, as it would with the usual eps.
-RATES = {"lr": 0.01, "eps": 1e-3}
+RATES: dict[str, Any] = {"lr": 0.01, "eps": 1e-3}
 
 
 class Network(nn.Module):

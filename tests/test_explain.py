@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from sparingly.convert import CONTRACT, convert_
 from sparingly.explain import explain
 from sparingly.nn.selective import MANY, OFF, UNFITTED, selective_modules
-from sparingly.ops import clear_fallbacks
 from sparingly.selectors import InputThreshold, Screen, Threshold
 
 
@@ -80,14 +79,12 @@ def test_before_the_first_token_shares_are_missing_not_zero():
 
 @torch.no_grad()
 def test_kernels_and_what_stood_in_for_them():
-    clear_fallbacks()
     model = converted()
     rows = {row.name: row for row in explain(model).layers}
     assert rows["mlp"].kernel == rows["mlp.0"].kernel == "threshold_accumulate (cpu)"
     model.double()(torch.randn(1, 16).double())
     rows = {row.name: row for row in explain(model).layers}
     assert "reference" in rows["mlp"].kernel and "float64" in rows["mlp"].kernel
-    clear_fallbacks()
 
 
 @torch.no_grad()

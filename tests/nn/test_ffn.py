@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sparingly as sp
-from sparingly.ops import clear_fallbacks
 
 D, UNITS = 12, 144
 SELECTORS = {
@@ -270,7 +269,6 @@ def test_bad_input_changes_nothing():
 
 
 def test_explain_tells_what_runs_and_what_never_did():
-    clear_fallbacks()
     model = network()
     with pytest.raises(ValueError, match="no selective layers"):
         sp.explain(model[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparingly.ops import _threads, clear_fallbacks
-
-
-@pytest.fixture(autouse=True)
-def no_old_fallbacks() -> Iterator[None]:
-    clear_fallbacks()
-    yield
+from sparingly.ops import _threads
 
 
 @pytest.fixture
