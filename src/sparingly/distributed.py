@@ -77,16 +77,16 @@ def _average_rows(params: list[nn.Parameter], world: int, group: dist.ProcessGro
     for number, (param, (ids, values)) in enumerate(zip(params, grads, strict=True)):
         held = [int(some[number]) for some in every]
         # In the order of the processes: every one of them then sums in the same order.
-        found = _gathered(ids, held, group), _gathered(values.div_(world), held, group)
+        found = _gathered(ids, held, group), _gathered(values / world, held, group)
         joined = torch.sparse_coo_tensor(found[0].unsqueeze(0), found[1], param.shape, check_invariants=False)
         param.grad = joined.coalesce()
 
 
 def _rows(param: nn.Parameter) -> tuple[Tensor, Tensor]:
-    """ids [n] and a copy of the values [n, ...] of a parameter's row-sparse gradient; n = 0 without one."""
+    """ids [n] and values [n, ...] of a parameter's row-sparse gradient; n = 0 without one."""
     if param.grad is None:
         return torch.empty(0, dtype=torch.int64, device=param.device), param.new_empty((0, *param.shape[1:]))
-    return param.grad._indices()[0].contiguous(), param.grad._values().clone()
+    return param.grad._indices()[0].contiguous(), param.grad._values()
 
 
 def _gathered(mine: Tensor, held: list[int], group: dist.ProcessGroup | None) -> Tensor:

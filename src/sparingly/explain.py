@@ -13,7 +13,7 @@ from sparingly.contract import Contract
 from sparingly.convert import CONTRACT
 from sparingly.nn.decoding import compiled_steps
 from sparingly.nn.ffn import SelectiveFFN
-from sparingly.nn.selective import needed_layers, selective_modules
+from sparingly.nn.selective import needed, selective_modules
 from sparingly.ops import fallbacks, registered
 
 if TYPE_CHECKING:
@@ -82,9 +82,12 @@ class Explanation:
             reasons = "; ".join(f"{reason} ({count:,} tokens)" for reason, count in layer.why_dense.items())
             chosen = (layer.name, layer.selector, str(layer.setting), f"{layer.units:,}", layer.rows or "as weights")
             table.add_row(*chosen, ran, layer.kernel, reasons)
-        bare = self.contract is None and any(layer.share_used is None for layer in self.layers)
-        told = ["not calibrated: no contract" if bare else self.contract and str(self.contract), self.decoding]
-        table.caption = "\n".join(filter(None, told))
+        told = [self.decoding] if self.decoding else []
+        if self.contract is not None:
+            told.insert(0, str(self.contract))
+        elif any(layer.share_used is None for layer in self.layers):
+            told.insert(0, "not calibrated: no contract")
+        table.caption = "\n".join(told)
         return table
 
     def __str__(self) -> str:
@@ -101,7 +104,7 @@ def explain(model: nn.Module) -> Explanation:
     Raises ValueError if there are none.
     """
     trained = {name: module for name, module in model.named_modules() if isinstance(module, SelectiveFFN)}
-    layers = (selective_modules if trained else needed_layers)(model) | trained
+    layers = needed(selective_modules(model) | trained)
     rows = []
     known = {(name, where): (available, reason) for name, where, available, reason in registered()}
     for (name, device), fallback in fallbacks().items():

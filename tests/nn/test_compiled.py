@@ -74,6 +74,16 @@ def test_a_cheaper_setting_and_weights_that_change(name):
     assert close(plan(x), model(x).detach())
 
 
+def test_a_copy_lives_without_the_first_one():
+    plan, x = sp.compile_plan(network()), torch.randn(5, 7)
+    expected = plan(x)
+    twin = copy.deepcopy(plan)
+    with torch.no_grad():
+        for parameter in plan._model.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(x), expected) and not torch.equal(plan(x), expected)
+
+
 class Line(nn.Module):
     """Functions instead of modules, and a result that is used twice."""
 

@@ -10,7 +10,7 @@ import torch
 
 from sparingly.workloads import fashion_data
 
-INSTALLED = fashion_data.FOLDERS[0].is_dir()
+INSTALLED = fashion_data.PACKAGE.is_dir()
 
 
 @pytest.mark.skipif(not INSTALLED, reason="dataset-fashion-mnist is not installed")

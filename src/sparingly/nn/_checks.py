@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparingly.ops._arrays import FLOATS, first_not_finite
+from sparingly.ops._arrays import FLOATS, check_finite
 from sparingly.ops._numba import kernel as compiled
 
 
@@ -20,9 +20,8 @@ def check_hidden(hidden: Tensor, in_features: int, *, finite: bool = False) -> N
         raise ValueError(
             f"hidden must be [tokens, in_features] with in_features = {in_features}, got {list(hidden.shape)}"
         )
-    bad = first_not_finite(hidden.detach()) if finite else -1
-    if bad >= 0:
-        raise ValueError(f"hidden must be finite, got infinity or NaN for token {bad}")
+    if finite:
+        check_finite("hidden", hidden)
 
 
 def check_target(target: Tensor, tokens: int, num_classes: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from sparingly.energy import ledger
 from sparingly.nn import _program_kernels as kernels
 from sparingly.nn.ffn import SelectiveFFN
-from sparingly.ops._arrays import first_not_finite
+from sparingly.ops._arrays import check_finite
 from sparingly.ops._pages import request_huge_pages
 from sparingly.ops.mlp_rows._activations import NUMBERS
 from sparingly.selectors import Experts, ProductKey, Tree
@@ -52,25 +52,17 @@ class CompiledPlan:
     def __init__(self, model: nn.Module):
         if model.training:
             raise ValueError("the model is in training mode: call model.eval() first")
-        self._model = model
-        self._keep: list[Tensor] = []
-        self._sizes: dict[fx.Node, int] = {}
-        self._places: dict[fx.Node, int] = {}
-        self._rows: list[Row] = []
-        self._eps: list[float] = []
-        self._room = 0
-        # A layer by itself would be traced into: in a sequence it is a step.
-        whole = model if next(model.children(), None) is not None else nn.Sequential(model)
-        self._modules = dict(whole.named_modules())
-        graph = _Tracer().trace(whole)
-        for node in graph.nodes:
-            self._add(node)
-        if not self._rows:
-            raise ValueError("the model computes nothing, so there is nothing to compile")
-        self._table = np.zeros((len(self._rows), kernels.COLUMNS), np.int64)
-        for step, row in enumerate(self._rows):
+        program = _Program(model)
+        self._model, self._keep, self._room = model, program.keep, program.room
+        self.in_features, self.out_features = program.in_features, program.out_features
+        self._table = np.zeros((len(program.rows), kernels.COLUMNS), np.int64)
+        for step, row in enumerate(program.rows):
             self._table[step, : len(row)] = row
-        self._epsilons = np.array(self._eps, np.float32)
+        self._epsilons = np.array(program.eps, np.float32)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a plan is a plan of a copy: the table holds addresses."""
+        return compile_plan, (self._model,)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float32 [tokens, d] -> [tokens, n], float32, detached. Raises ValueError or TypeError for another x, or
@@ -82,12 +74,34 @@ class CompiledPlan:
             got = f"{list(x.shape)}, {x.dtype}, {x.device}"
             raise ValueError(f"x must be float32 [tokens, {self.in_features}] on the CPU, got {got}")
         x = x.detach().contiguous()
-        bad = first_not_finite(x)
-        if bad >= 0:
-            raise ValueError(f"x must be finite, got infinity or NaN for token {bad}")
+        check_finite("x", x)
         out = np.empty((x.shape[0], self.out_features), np.float32)
         kernels.run(self._table, self._epsilons, x.numpy(), out, np.empty(self._room, np.float32))
         return torch.from_numpy(out)
+
+
+class _Program:
+    """What a model does, step by step.
+
+    rows and eps: an instruction's columns and number (see :mod:`sparingly.nn._program_kernels`); room: float32 places
+    of the workspace; keep: the parameters whose addresses the rows hold.
+    """
+
+    in_features: int
+    out_features: int
+
+    def __init__(self, model: nn.Module):
+        self.keep: list[Tensor] = []
+        self.rows: list[Row] = []
+        self.eps: list[float] = []
+        self.room = 0
+        self._sizes: dict[fx.Node, int] = {}
+        self._places: dict[fx.Node, int] = {}
+        # A layer by itself would be traced into: in a sequence it is a step.
+        whole = model if next(model.children(), None) is not None else nn.Sequential(model)
+        self._modules = dict(whole.named_modules())
+        for node in _Tracer().trace(whole).nodes:
+            self._add(node)
 
     def _add(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -99,23 +113,21 @@ class CompiledPlan:
             last = node.args[0]
             if not isinstance(last, fx.Node) or last not in self._places:
                 raise ValueError(f"the model must give one tensor, got {last!r}")
-            if not self._rows or self._rows[-1][kernels.TO] != self._places[last]:
+            if not self.rows or self.rows[-1][kernels.TO] != self._places[last]:
                 raise ValueError(f"the model's last step must give its result, got that of {last.name!r}")
             self.out_features = self._sizes[last]
         elif node.op == "call_module":
             self._module(node, self._modules[str(node.target)])
-        elif node.target in (operator.add, torch.add, "add") and self._known(node.args) and not node.kwargs:
-            one, other = node.all_input_nodes if len(node.all_input_nodes) == 2 else node.all_input_nodes * 2
+        elif node.target in (operator.add, torch.add, "add") and _known(node.args) and not node.kwargs:
+            operands: Any = node.args  # Nodes, as was asked.
+            one, other = operands
             if self._sizes[one] != self._sizes[other]:
                 raise ValueError(f"{node.name!r} adds {self._sizes[one]} and {self._sizes[other]} values")
             self._step(kernels.ADD, node, one, self._sizes[one], [self._places[other]])
-        elif node.target in _FUNCTIONS and self._known(node.args) and _plain(node.kwargs):
+        elif node.target in _FUNCTIONS and _known(node.args) and _plain(node.kwargs):
             self._activation(node, _FUNCTIONS[node.target])
         else:
             raise TypeError(f"{node.name!r} ({node.target}) cannot be compiled; allowed are {ALLOWED}")
-
-    def _known(self, args: tuple[Any, ...]) -> bool:
-        return bool(args) and all(isinstance(one, fx.Node) for one in args)
 
     def _first_width(self, node: fx.Node) -> int:
         """How wide the input is: what the first module with a width takes."""
@@ -130,22 +142,14 @@ class CompiledPlan:
         raise ValueError(f"no part of the model says how wide its input is; allowed are {ALLOWED}")
 
     def _result(self, node: fx.Node, size: int) -> int:
-        self._sizes[node], self._places[node] = size, self._room
+        self._sizes[node], self._places[node] = size, self.room
         # Each result begins at a cache line of the workspace.
-        self._room += -(-size // 16) * 16
+        self.room += -(-size // 16) * 16
         return self._places[node]
 
     def _step(self, do: int, node: fx.Node, source: fx.Node, size: int, rest: Row, eps: float = 0.0) -> None:
-        takes = self._takes(node, self._sizes[source])
-        if self._sizes[source] != takes:
-            raise ValueError(f"{node.name!r} takes {takes} values, got {self._sizes[source]}")
-        self._rows.append([do, self._places[source], self._result(node, size), self._sizes[source], size, *rest])
-        self._eps.append(eps)
-
-    def _takes(self, node: fx.Node, given: int) -> int:
-        """How many values a step takes; as many as it is given, if it takes any number."""
-        module = self._modules.get(str(node.target)) if node.op == "call_module" else None
-        return given if module is None else _width(module) or given
+        self.rows.append([do, self._places[source], self._result(node, size), self._sizes[source], size, *rest])
+        self.eps.append(eps)
 
     def _activation(self, node: fx.Node, name: str) -> None:
         (source,) = node.all_input_nodes
@@ -155,6 +159,9 @@ class CompiledPlan:
         (source,) = node.all_input_nodes
         if module._forward_hooks or module._forward_pre_hooks:
             raise TypeError(f"{node.target!s} has hooks, which a compiled call does not run: remove them first")
+        takes = _width(module)
+        if takes not in (None, self._sizes[source]):
+            raise ValueError(f"{node.name!r} takes {takes} values, got {self._sizes[source]}")
         if isinstance(module, SelectiveFFN):
             do, rest = self._ffn(str(node.target), module)
             self._step(do, node, source, module.d_model, rest)
@@ -198,7 +205,7 @@ class CompiledPlan:
         if value.dtype != torch.float32 or not value.is_cpu or not value.is_contiguous():
             raise TypeError(f"parameters must be float32, contiguous, on the CPU, got {value.dtype} on {value.device}")
         request_huge_pages(value)
-        self._keep.append(value)
+        self.keep.append(value)
         return value.data_ptr()
 
 
@@ -209,6 +216,11 @@ def _width(module: nn.Module) -> int | None:
     if isinstance(module, SelectiveFFN):
         return module.d_model
     return module.normalized_shape[-1] if isinstance(module, nn.LayerNorm) else None
+
+
+def _known(args: tuple[Any, ...]) -> bool:
+    """True for operands that are all results of the network's own."""
+    return bool(args) and all(isinstance(one, fx.Node) for one in args)
 
 
 def _plain(options: dict[str, Any]) -> bool:

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparingly.nn.selective import share_of
 from sparingly.ops import mlp_rows
-from sparingly.ops._arrays import FLOATS, first_not_finite
+from sparingly.ops._arrays import FLOATS, check_finite
 from sparingly.ops.mlp_rows import ACTIVATIONS
 from sparingly.selectors import Oracle, ProductKey, Selector
+from sparingly.selectors.base import check_count
 
 
 class SelectiveFFN(nn.Module):
@@ -60,8 +62,7 @@ class SelectiveFFN(nn.Module):
     ):
         super().__init__()
         for name, value in (("d_model", d_model), ("num_units", num_units), ("block", block)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+            check_count(name, value)
         if num_units % block:
             raise ValueError(f"block must divide num_units ({num_units}), got {block}")
         if activation not in ACTIVATIONS:
@@ -83,7 +84,7 @@ class SelectiveFFN(nn.Module):
         """Draw everything anew: outputs have about the same size however many units run."""
         nn.init.normal_(self.up, std=self.d_model**-0.5)
         nn.init.zeros_(self.bias)
-        self.selector.fit(self.up[:: self.block].detach())
+        self.selector.fit(self._first_of_blocks()[0])
         nn.init.normal_(self.down, std=(self.selector.width * self.block) ** -0.5)
         self.used.zero_()
 
@@ -100,9 +101,8 @@ class SelectiveFFN(nn.Module):
         if hidden.dtype not in FLOATS:
             hidden = hidden.float()
         compiling = torch.compiler.is_compiling()
-        bad = -1 if compiling else first_not_finite(hidden.detach())
-        if bad >= 0:
-            raise ValueError(f"x must be finite, got infinity or NaN for token {bad}")
+        if not compiling:
+            check_finite("x", hidden)
         selection = self.selector.select_from(hidden, *self._first_of_blocks())
         if selection.shared:
             out = self._every(hidden)
@@ -143,9 +143,9 @@ class SelectiveFFN(nn.Module):
         return blocks.numel() * self.block
 
     def _first_of_blocks(self) -> tuple[Tensor, Tensor]:
-        """The bank that a selector sees: each block's first row, and its bias as float32."""
+        """The bank that a selector sees: each block's first row and bias."""
         up, bias = self.up.detach(), self.bias.detach()
-        return (up, bias.float()) if self.block == 1 else (up[:: self.block], bias[:: self.block].float())
+        return (up, bias) if self.block == 1 else (up[:: self.block], bias[:: self.block])
 
     def _every(self, hidden: Tensor) -> Tensor:
         """The dense answer, every unit with a weight of one."""
@@ -163,8 +163,7 @@ class SelectiveFFN(nn.Module):
 
     def share_run(self) -> float | None:
         """Share of the units that ran per token, 0..1; None before the first token."""
-        tokens, units, dense, _ = self.ran.tolist()
-        return (units / self.num_units + dense) / (tokens + dense) if tokens + dense else None
+        return share_of(self.ran, self.num_units)
 
     def operators(self) -> tuple[str, ...]:
         """Names of the operators that run what is selected."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -194,8 +194,7 @@ class Selective(nn.Module):
 
     def share_run(self) -> float | None:
         """Share of the units that ran, 0..1, a dense token counting as all of them; None before the first token."""
-        tokens, units, dense, _ = self.ran.tolist()
-        return (units / self.num_units + dense) / (tokens + dense) if tokens + dense else None
+        return share_of(self.ran, self.num_units)
 
     def reset(self) -> None:
         """Forget what ran."""
@@ -335,17 +334,30 @@ def needs_gradient(x: Tensor, *parameters: Tensor | None) -> bool:
 Activation = Callable[[Tensor], Tensor]
 
 
+def share_of(ran: Tensor, num_units: int) -> float | None:
+    """Share of the units that ran per token, 0..1, by the counts ``ran`` of a layer; None before the first token."""
+    tokens, units, dense, _ = ran.tolist()
+    return (units / num_units + dense) / (tokens + dense) if tokens + dense else None
+
+
 def selective_modules(model: nn.Module) -> dict[str, Selective]:
     """Every selective layer of a model by its name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Selective)}
 
 
+L = TypeVar("L", bound=nn.Module)
+
+
 def needed_layers(model: nn.Module) -> dict[str, Selective]:
     """:func:`selective_modules`; raises ValueError if there are none, or if they have no values."""
-    layers = selective_modules(model)
+    return needed(selective_modules(model))
+
+
+def needed(layers: dict[str, L]) -> dict[str, L]:
+    """The layers by their names, each with ``ran``; raises ValueError if there are none, or if they have no values."""
     if not layers:
         raise ValueError("the model has no selective layers: call sparingly.convert_(model) first")
-    empty = next((name for name, layer in layers.items() if layer.ran.is_meta), None)
+    empty = next((name for name, layer in layers.items() if layer.get_buffer("ran").is_meta), None)
     if empty is not None:
         raise ValueError(f"{empty!r} is on the meta device: move the model to another one and load its weights first")
     return layers

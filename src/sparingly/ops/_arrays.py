@@ -66,6 +66,13 @@ def first_not_finite(rows: Tensor) -> int:
     return int(bad[0]) if bad.numel() else -1
 
 
+def check_finite(name: str, rows: Tensor) -> None:
+    """Raise ValueError if floating rows [tokens, d] hold infinity or NaN; names the first such token."""
+    bad = first_not_finite(rows.detach() if rows.requires_grad else rows)
+    if bad >= 0:
+        raise ValueError(f"{name} must be finite, got infinity or NaN for token {bad}")
+
+
 def check_range(ids: Tensor, num_rows: int) -> int:
     """How many ids are not pads. Raises IndexError for an id outside 0..num_rows-1 that is not -1."""
     if ids.is_cpu:

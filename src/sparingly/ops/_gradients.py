@@ -17,12 +17,13 @@ def _slots(ids: Tensor) -> tuple[Tensor, Tensor]:
     return touched, slots
 
 
-def _plain(weights: Tensor, vectors: Tensor, ids: Tensor) -> bool:
-    """True for CPU tensors of values (no fakes) that nobody differentiates further."""
-    tensors = (weights, vectors, ids)
-    further = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def plain(*tensors: Tensor | None) -> bool:
+    """True for CPU tensors of values (no fakes) but float64, that nobody differentiates further; None is one."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    further = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    kinds = (torch.Tensor, torch.nn.Parameter)
     return not further and all(
-        type(tensor) is torch.Tensor and tensor.is_cpu and tensor.dtype != torch.float64 for tensor in tensors
+        type(tensor) in kinds and tensor.is_cpu and tensor.dtype != torch.float64 for tensor in given
     )
 
 
@@ -43,10 +44,10 @@ def of_rows_and_bias(
     whatever num_rows.
     """
     num_rows = rows.shape[0]
-    if sparse and need_rows and not need_bias and _plain(weights, vectors, ids):
+    if sparse and need_rows and not need_bias and plain(weights, vectors, ids):
         touched, places, bounds = group(ids, num_rows)
         values = grouped_sums(weights, vectors, places, bounds)
-        return _sparse(values.to(rows.dtype), touched, num_rows), None
+        return sparse_rows(values.to(rows.dtype), touched, num_rows), None
     touched, slots, size = (None, ids, num_rows)
     if sparse:
         touched, slots = _slots(ids)
@@ -57,10 +58,11 @@ def of_rows_and_bias(
     if need_bias:
         ones = torch.ones(vectors.shape[0], 1, dtype=weights.dtype, device=weights.device)
         of_bias = scatter_outer(weights, ones, slots, size).squeeze(1)
-    return _sparse(of_rows, touched, num_rows), _sparse(of_bias, touched, num_rows)
+    return sparse_rows(of_rows, touched, num_rows), sparse_rows(of_bias, touched, num_rows)
 
 
-def _sparse(values: Tensor | None, touched: Tensor | None, num_rows: int) -> Tensor | None:
+def sparse_rows(values: Tensor | None, touched: Tensor | None, num_rows: int) -> Tensor | None:
+    """values [n, ...] of the rows touched [n], rising, as a sparse tensor of num_rows; without touched as they are."""
     if values is None or touched is None:
         return values
     return torch.sparse_coo_tensor(

@@ -159,6 +159,13 @@ class Selector(nn.Module, ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def check_count(name: str, value: int) -> int:
+    """The value. Raises ValueError unless it is a whole number from 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+    return value
+
+
 def check_bank(bank: Tensor, bias: Tensor | None = None) -> None:
     """Raise unless bank is a finite floating [num_units, d] with at least one unit, and bias a finite [num_units].
 

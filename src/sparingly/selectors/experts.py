@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparingly.selection import Selection
-from sparingly.selectors.base import Selector, check_bank
+from sparingly.selectors._revive import near, partners
+from sparingly.selectors.base import Selector, check_bank, check_count
 
 
 class _Balance(torch.autograd.Function):
@@ -64,10 +65,7 @@ class Experts(Selector):
 
     def __init__(self, k: int = 2):
         super().__init__()
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"k must be a whole number from 1, got {k!r}")
-        self.k = k
-        self.setting = k
+        self.k = self.setting = check_count("k", k)
         self.vectors = nn.Parameter(torch.empty(0, 0))
         self.bias = nn.Parameter(torch.empty(0))
 
@@ -105,14 +103,10 @@ class Experts(Selector):
     def revive(self, used: Tensor) -> Tensor:
         """Vectors of blocks that never ran become copies of those that did, a tenth of them drawn anew."""
         self.check_fitted()
-        donors = torch.full_like(used, -1, dtype=torch.int64)
-        dead, alive = (~used).nonzero().squeeze(1), used.nonzero().squeeze(1)
-        if dead.numel() and alive.numel():
-            donors[dead] = alive[torch.randint(alive.numel(), dead.shape, device=alive.device)]
-            fresh = torch.randn_like(self.vectors[dead]) * self.vectors.shape[1] ** -0.5
-            self.vectors[dead] = self.vectors[donors[dead]] + 0.1 * fresh
-            self.bias[dead] = self.bias[donors[dead]]
-        return donors
+        dead, chosen = partners(used)
+        self.vectors[dead] = near(self.vectors[chosen])
+        self.bias[dead] = self.bias[chosen]
+        return torch.full_like(used, -1, dtype=torch.int64).index_copy_(0, dead, chosen)
 
     def settings(self) -> list[int]:
         """Numbers of blocks, cheapest first."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparingly.selection import Selection
 from sparingly.selectors._weights import WeightFit
-from sparingly.selectors.base import check_bank
+from sparingly.selectors.base import check_bank, check_count
 from sparingly.selectors.threshold import SETTINGS
 
 _RIDGE = 1e-4
@@ -44,9 +44,7 @@ class LowRank(WeightFit):
 
     def __init__(self, rank: int = 32):
         super().__init__()
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank must be a whole number from 1, got {rank!r}")
-        self.rank = rank
+        self.rank = check_count("rank", rank)
         self._setting = 100
         # [in_features, rank], [rank, num_units], [num_units], [num_units]
         for name, shape in (("inward", (0, 0)), ("outward", (0, 0)), ("offset", (0,)), ("importance", (0,))):

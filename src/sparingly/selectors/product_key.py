@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sparingly.ops.product_topk import product_topk
 from sparingly.selection import Selection
-from sparingly.selectors.base import Selector, check_bank
+from sparingly.selectors._revive import near, partners
+from sparingly.selectors.base import Selector, check_bank, check_count
 
 
 class ProductKey(Selector):
@@ -45,11 +46,8 @@ class ProductKey(Selector):
 
     def __init__(self, heads: int = 4, k: int = 16, key_dim: int = 32):
         super().__init__()
-        for name, value in (("heads", heads), ("k", k), ("key_dim", key_dim)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
-        self.heads, self.k, self.key_dim = heads, k, key_dim
-        self.setting = k
+        self.heads, self.key_dim = check_count("heads", heads), check_count("key_dim", key_dim)
+        self.k = self.setting = check_count("k", k)
         # [heads * 2 * key_dim, d], [heads, n, key_dim], [heads, m, key_dim]
         self.query = nn.Parameter(torch.empty(heads * 2 * key_dim, 0))
         self.left = nn.Parameter(torch.empty(heads, 0, key_dim))
@@ -115,13 +113,8 @@ class ProductKey(Selector):
         sizes = (self.left.shape[1], self.right.shape[1])
         grid, donors = used.view(sizes), torch.arange(used.numel(), device=used.device).view(sizes)
         for axis, keys in enumerate((self.left, self.right)):
-            lives = grid.any(dim=1 - axis)
-            dead, alive = (~lives).nonzero().squeeze(1), lives.nonzero().squeeze(1)
-            if not dead.numel() or not alive.numel():
-                continue
-            chosen = alive[torch.randint(alive.numel(), dead.shape, device=alive.device)]
-            fresh = torch.randn_like(keys[:, dead]) * self.key_dim**-0.5
-            keys[:, dead] = keys[:, chosen] + 0.1 * fresh
+            dead, chosen = partners(grid.any(dim=1 - axis))
+            keys[:, dead] = near(keys[:, chosen])
             donors.index_copy_(axis, dead, donors.index_select(axis, chosen))
         donors = donors.flatten()
         # A pair of keys in use whose unit never ran has no rows worth taking.

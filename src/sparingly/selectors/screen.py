@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparingly.energy import ledger
-from sparingly.ops._arrays import as_numpy, as_vector, check_matrix, first_not_finite
+from sparingly.ops._arrays import as_numpy, as_vector, check_finite, check_matrix
 from sparingly.ops._pages import request_huge_pages
 from sparingly.ops._record import record_rows
 from sparingly.ops._threads import run_chunks
@@ -16,7 +16,7 @@ from sparingly.ops._views import LIKE
 from sparingly.selection import Selection
 from sparingly.selectors._screen import BLOCK, GROUP, ZERO, screen
 from sparingly.selectors._weights import WeightFit
-from sparingly.selectors.base import Selector, check_bank
+from sparingly.selectors.base import Selector, check_bank, check_count
 
 REFERENCE_ELEMENTS = 16 * 1024 * 1024
 """Scores, and gathered rows, that the reference holds at once."""
@@ -64,7 +64,7 @@ class Screen(WeightFit):
         super().__init__()
         if not isinstance(rank, int) or rank < GROUP or rank % GROUP:
             raise ValueError(f"rank must be a positive multiple of {GROUP}, got {rank!r}")
-        self.rank, self._setting = rank, _count("keep", keep)
+        self.rank, self._setting = rank, check_count("keep", keep)
         self.register_buffer("projection", torch.empty(0, 0))
         self.register_buffer("offset", torch.empty(0))
         self.register_buffer("codes", torch.empty(0, rank // GROUP, BLOCK, GROUP, dtype=torch.uint8))
@@ -78,7 +78,7 @@ class Screen(WeightFit):
 
     @setting.setter
     def setting(self, keep: int) -> None:
-        self._setting = _count("setting", keep)
+        self._setting = check_count("setting", keep)
 
     def config(self) -> dict[str, Any]:
         """``rank``, ``keep`` and ``setting``."""
@@ -105,8 +105,7 @@ class Screen(WeightFit):
         if hidden is not None and hidden.shape[0]:
             check_matrix("hidden", hidden, rows.shape[1])
             states = hidden.detach().float().cpu().contiguous()
-            if (bad := first_not_finite(states)) >= 0:
-                raise ValueError(f"hidden must be finite, got infinity or NaN for token {bad}")
+            check_finite("hidden", states)
         fitted = low_rank(rows, None if bias is None else bias.detach().float().cpu(), states, self.rank)
         for name, value in fitted._asdict().items():
             setattr(self, name, value.to(bank.device))
@@ -207,12 +206,6 @@ class Screen(WeightFit):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_arrays": None}
-
-
-def _count(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
-    return value
 
 
 class Screened(NamedTuple):

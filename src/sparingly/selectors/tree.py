@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from sparingly.energy import ledger
-from sparingly.ops._arrays import as_numpy, as_vector, not_for_numba
-from sparingly.ops._numba import dot
+from sparingly.ops._arrays import NO_FLOATS, as_numpy
+from sparingly.ops._gradients import plain
+from sparingly.ops._numba import dot, to_f32
 from sparingly.ops._numba import kernel as compiled
 from sparingly.ops._record import row_bytes, tensor_bytes
 from sparingly.ops._threads import run_chunks
 from sparingly.selection import Selection
-from sparingly.selectors.base import Selector, check_bank
+from sparingly.selectors.base import Selector, check_bank, check_count
 
 
 @compiled
@@ -34,7 +35,7 @@ def descend(start, stop, trees, depth, block, hidden, bank, bias, ids):
                 if node < size and 2 * node + 1 < size and level + 1 < depth:
                     score = dot(bank, unit * block, hidden, token)
                     if bias.size:
-                        score += bias[unit * block]
+                        score += to_f32(bias[unit * block])
                     node = 2 * node + 1 + (score > np.float32(0.0))
                 else:
                     node = size
@@ -62,9 +63,7 @@ class Tree(Selector):
 
     def __init__(self, trees: int = 4):
         super().__init__()
-        if not isinstance(trees, int) or trees < 1:
-            raise ValueError(f"trees must be a whole number from 1, got {trees!r}")
-        self.trees = trees
+        self.trees = check_count("trees", trees)
         self.setting = 64
 
     @property
@@ -97,10 +96,10 @@ class Tree(Selector):
         """hidden [tokens, d], bank [num_units, d] -> ids [tokens, trees * depth], root first, -1 below short paths."""
         tokens, units = hidden.shape[0], bank.shape[0]
         depth, size = self._depth(units), units // self.trees
-        plain = type(hidden) in (Tensor, torch.nn.Parameter) and hidden.is_cpu and not torch.compiler.is_compiling()
-        if plain and not_for_numba(hidden, bank, bias) is None:
+        if not torch.compiler.is_compiling() and plain(hidden, bank, bias):
             ids = torch.empty(tokens, self.trees * depth, dtype=torch.int64)
-            places = (as_numpy(hidden.float().contiguous()), as_numpy(bank), as_vector(bias), as_numpy(ids))
+            biases = NO_FLOATS if bias is None else as_numpy(bias)
+            places = (as_numpy(hidden.float().contiguous()), as_numpy(bank), biases, as_numpy(ids))
             work = tokens * ids.shape[1] * bank.shape[1] * bank.element_size()
             run_chunks(descend, tokens, work, self.trees, depth, 1, *places)
             self._record(ids.view(-1, depth), hidden, bank, bias)
@@ -136,7 +135,7 @@ class Tree(Selector):
 
     def settings(self) -> list[int]:
         """Numbers of levels, cheapest first."""
-        return list(range(1, (self.num_units // self.trees).bit_length() + 1)) if self.fitted else []
+        return list(range(1, (self.num_units // self.trees).bit_length() + 1))
 
     def config(self) -> dict[str, Any]:
         """``trees``."""

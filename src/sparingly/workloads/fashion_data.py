@@ -1,7 +1,7 @@
 """Fashion-MNIST: 70,000 pictures of clothes in ten classes, from a package or a folder, checked by hash.
 
 H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms",
-arXiv:1708.07747, 2017. The results of other classifiers that the data set ships are those of its authors.
+arXiv:1708.07747, 2017. The results of other classifiers that it ships were reported to its authors.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SIDE, CLASSES = 28, 10
-FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("~/.cache/sparingly/fashion-mnist"))
+from sparingly.workloads._parts import cache_folder
+
+PIXELS = 28 * 28
+PACKAGE = Path("/usr/share/datasets/fashion-mnist")
 README = Path("/usr/share/doc/dataset-fashion-mnist/README.md.gz")
-INSTALL = (
-    f"apt-get install dataset-fashion-mnist, or put the four files of "
-    f"https://github.com/zalandoresearch/fashion-mnist (data/fashion) into {FOLDERS[1]}"
-)
 # Name -> SHA-256 of what is in the file, unpacked, and the bytes before the first value.
 _FILES = {
     "train-images-idx3-ubyte.gz": ("c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888", 16),
@@ -31,8 +29,6 @@ _FILES = {
     "t10k-images-idx3-ubyte.gz": ("5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b", 16),
     "t10k-labels-idx1-ubyte.gz": ("0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34", 8),
 }
-HELD_OUT = 5_000
-"""The last of the training pictures: for choosing rates and sizes; they are trained on once all is chosen."""
 
 
 class Pictures(NamedTuple):
@@ -47,23 +43,29 @@ def load(train: bool, folder: str | os.PathLike[str] | None = None) -> Pictures:
 
     Raises FileNotFoundError with what to install, ValueError for a file with other contents.
     """
-    images, labels = (_read(name, folder) for name in list(_FILES)[0 if train else 2 :][:2])
-    return Pictures(images.view(-1, SIDE * SIDE), labels.long())
+    part = "train" if train else "t10k"
+    images, labels = _read(f"{part}-images-idx3-ubyte.gz", folder), _read(f"{part}-labels-idx1-ubyte.gz", folder)
+    return Pictures(images.view(-1, PIXELS), labels.long())
 
 
 def _read(name: str, folder: str | os.PathLike[str] | None) -> Tensor:
-    folders = FOLDERS if folder is None else (Path(folder),)
-    found = next((place for one in folders if (place := one.expanduser() / name).is_file()), None)
+    own = cache_folder() / "fashion-mnist"
+    folders = (PACKAGE, own) if folder is None else (Path(folder),)
+    install = (
+        "apt-get install dataset-fashion-mnist, or put the four files of "
+        f"https://github.com/zalandoresearch/fashion-mnist (data/fashion) into {own}"
+    )
+    found = next((place for one in folders if (place := one / name).is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"no {name} in {' or '.join(map(str, folders))}: {INSTALL}")
+        raise FileNotFoundError(f"no {name} in {' or '.join(map(str, folders))}: {install}")
     expected, header = _FILES[name]
     try:
         content = gzip.decompress(found.read_bytes())
     except (OSError, EOFError) as error:
-        raise ValueError(f"{found} is damaged: {error}. {INSTALL}") from error
+        raise ValueError(f"{found} is damaged: {error}. {install}") from error
     got = hashlib.sha256(content).hexdigest()
     if got != expected:
-        raise ValueError(f"{found} holds other data: SHA-256 {got[:16]}…, expected {expected[:16]}…. {INSTALL}")
+        raise ValueError(f"{found} holds other data: SHA-256 {got[:16]}…, expected {expected[:16]}…. {install}")
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sparingly.ops import _arrays
+from sparingly.ops._gradients import plain
 from sparingly.ops._registry import Op
 from sparingly.ops.mlp_rows import cpu
 from sparingly.ops.mlp_rows._activations import ACTIVATIONS
@@ -111,7 +112,7 @@ def _backward(ctx: Any, grad: Tensor | None, of_scores: Tensor | None) -> tuple[
     hidden, up, down, ids, weights, scores = ctx.saved_tensors
     saved = Saved(hidden, up, down, ids, weights, scores, ctx.block, ctx.activation)
     needs = ctx.needs_input_grad[:6]
-    if ctx.sparse_grad and of_scores is None and saved.plain(grad):
+    if ctx.sparse_grad and grad is not None and of_scores is None and plain(grad, *saved[:6]) and down.is_contiguous():
         return *grouped(saved, grad, needs), *none
     return *composed(saved, grad, of_scores, needs, ctx.sparse_grad), *none
 

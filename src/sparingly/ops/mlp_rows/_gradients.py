@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparingly.ops._arrays import as_numpy
-from sparingly.ops._gradients import of_rows_and_bias
+from sparingly.ops._gradients import of_rows_and_bias, sparse_rows
 from sparingly.ops._numba import axpy, to_f32
 from sparingly.ops._numba import kernel as compiled
 from sparingly.ops._threads import run_chunks
@@ -37,15 +37,6 @@ class Saved(NamedTuple):
     scores: Tensor
     block: int
     activation: str
-
-    def plain(self, grad: Tensor | None) -> bool:
-        """True for CPU tensors of values (no fakes) that nobody differentiates further."""
-        tensors = [one for one in (grad, *self[:6]) if one is not None]
-        further = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        kinds = (torch.Tensor, torch.nn.Parameter)
-        return not further and all(
-            type(one) in kinds and one.is_cpu and one.dtype != torch.float64 and one.is_contiguous() for one in tensors
-        )
 
 
 def composed(
@@ -119,11 +110,10 @@ def _groups(start, stop, act, block, places, bounds, hidden, grad, down, touched
             of_bias[row] = total
 
 
-def grouped(saved: Saved, grad: Tensor | None, needs: tuple[bool, ...]) -> Gradients:
-    """grad [tokens, d_out] -> gradients, those of up, bias and down sparse; needs :meth:`Saved.plain`."""
+def grouped(saved: Saved, grad: Tensor, needs: tuple[bool, ...]) -> Gradients:
+    """grad [tokens, d_out] -> gradients, those of up, bias and down sparse; all tensors must be plain."""
     from sparingly.ops.gather_accumulate import gather_accumulate
 
-    assert grad is not None
     hidden, up, down, ids, weights, scores, block, activation = saved
     (num_units, d_in), d_out = up.shape, down.shape[1]
     touched, places, bounds = group(ids, num_units // block)
@@ -153,22 +143,16 @@ def grouped(saved: Saved, grad: Tensor | None, needs: tuple[bool, ...]) -> Gradi
     of_hidden = None
     if needs[0]:
         of_hidden = gather_accumulate(of_scores, up.detach(), units_of(ids, block)).to(hidden.dtype)
-    units = touched if block == 1 else units_of(touched.unsqueeze(1), block).flatten()
-
-    def sparse(values: Tensor, like: Tensor) -> Tensor:
-        return torch.sparse_coo_tensor(
-            units.unsqueeze(0),
-            values.to(like.dtype),
-            (num_units, *values.shape[1:]),
-            is_coalesced=True,
-            check_invariants=False,
-        )
-
+    units = units_of(touched.unsqueeze(1), block).flatten()
+    of_up, of_bias, of_down = (
+        sparse_rows(one.to(up.dtype), units, num_units) if needed else None
+        for one, needed in zip((of_up, of_bias, of_down), needs[1:4], strict=True)
+    )
     return (
         of_hidden,
-        sparse(of_up, up) if needs[1] else None,
-        sparse(of_bias, up) if needs[2] else None,
-        sparse(of_down, down) if needs[3] else None,
+        of_up,
+        of_bias,
+        of_down,
         None,
         of_weights.sum(1).view(ids.shape).to(weights.dtype) if weights is not None and needs[5] else None,
     )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparingly.ops._arrays import check_range, not_for_numba, scan_ids
+from sparingly.ops._arrays import check_range, not_for_numba
 from sparingly.ops._numba import EIGHT, axpy, axpy_eight, dot, dot_eight, eight, prefetch_row, to_f32
 from sparingly.ops._numba import kernel as compiled
 from sparingly.ops._threads import run_chunks
@@ -79,14 +79,6 @@ def part(start, stop, like, sizes, at):
         run_token(token, act, block, hidden, up, bias, down, ids, weights, scores, sums, units, values)
 
 
-@compiled
-def _valid(sizes, at):
-    """How many ids are not pads; -1 if one is out of range."""
-    tokens, k, block, num_units, _, _, _ = sizes
-    bad, valid = scan_ids(vector_at(at, tokens * k, np.int64), num_units // block)
-    return -1 if bad >= 0 else valid
-
-
 def unsupported(*args: Any) -> str | None:
     """Why the kernel cannot serve these arguments, or None."""
     hidden, up, bias, down, _, weights, *_ = Arguments._make(args)
@@ -95,18 +87,17 @@ def unsupported(*args: Any) -> str | None:
 
 def kernel(*args: Any) -> tuple[Tensor, Tensor]:
     """See :func:`sparingly.ops.mlp_rows.mlp_rows` and its reference."""
-    hidden, up, bias, down, ids, weights, block, activation = Arguments._make(args)
+    given = Arguments._make(args)
+    hidden, up, bias, down, ids, weights, block, activation = given
     (tokens, k), (num_units, d_in), d_out = ids.shape, up.shape, down.shape[1]
     vectors, places = hidden.float().contiguous(), ids.contiguous()
     factors = None if weights is None else weights.float().contiguous()
     scores = torch.empty((tokens, k * block), dtype=torch.float32, device=CPU)
     sums = torch.empty((tokens, d_out), dtype=torch.float32, device=CPU)
     tensors = (vectors, up, packed(bias), down, places, factors, scores, sums)
-    at, sizes = addresses(*tensors), (tokens, k, block, num_units, d_in, d_out, NUMBERS[activation])
-    valid = _valid(sizes, at[4])
-    if valid < 0:
-        check_range(ids, num_units // block)
-    work_bytes = valid * block * (d_in + d_out) * up.element_size()
-    run_chunks(part, tokens, work_bytes, LIKE[up.dtype], sizes, at, keep=tensors)
-    record(valid * block, Arguments._make(args), scores, sums)
+    sizes = (tokens, k, block, num_units, d_in, d_out, NUMBERS[activation])
+    visited = check_range(places, num_units // block) * block
+    work_bytes = visited * (d_in + d_out) * up.element_size()
+    run_chunks(part, tokens, work_bytes, LIKE[up.dtype], sizes, addresses(*tensors), keep=tensors)
+    record(visited, given, scores, sums)
     return sums, scores

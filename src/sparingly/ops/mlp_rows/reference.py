@@ -24,7 +24,8 @@ def units_of(ids: Tensor, block: int) -> Tensor:
 
 def reference(*args: Any) -> tuple[Tensor, Tensor]:
     """See :func:`sparingly.ops.mlp_rows.mlp_rows`; also the units' sums [tokens, k * block] before the activation."""
-    hidden, up, bias, down, ids, weights, block, activation = Arguments._make(args)
+    given = Arguments._make(args)
+    hidden, up, bias, down, ids, weights, block, activation = given
     visited = check_range(ids, up.shape[0] // block) * block
     dtype, units = accumulator(hidden, up), units_of(ids, block)
     pad, rows = units < 0, units.clamp(min=0)
@@ -37,5 +38,5 @@ def reference(*args: Any) -> tuple[Tensor, Tensor]:
     if weights is not None:
         values = values * weights.to(dtype).repeat_interleave(block, dim=1)
     sums = torch.einsum("tk,tkd->td", values.masked_fill(pad, 0.0), outward)
-    record(visited, Arguments._make(args), scores, sums, copied=tensor_bytes(inward, outward))
+    record(visited, given, scores, sums, copied=tensor_bytes(inward, outward))
     return sums, scores
