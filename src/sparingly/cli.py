@@ -125,7 +125,7 @@ def measure(
     raise typer.Exit(code)
 
 
-WORKLOADS = ("spell", "smollm", "minilm", "relu")
+WORKLOADS = ("spell", "smollm", "minilm", "relu", "fashion")
 
 
 @app.command()

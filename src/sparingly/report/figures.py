@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from sparingly.report import charts, findings
+from sparingly.report import charts, findings, trained
 from sparingly.report.provenance import joules
 from sparingly.report.result import Workload, number
 from sparingly.report.text import percent, seconds, times
@@ -24,21 +24,22 @@ def quality_against_time(workload: Workload) -> str:
     }
     if len(marks) < 2:
         return ""
-    link = None
+    link, words = None, percent if workload.unit is None else _plain
     mine, exact = marks.get("selective"), marks.get("exact")
     if mine and exact:
         link = (mine, exact, f"{times(exact.x / mine.x)} less time")
     svg = charts.scatter(
         list(marks.values()),
         title=f"{workload.metric} against processor time per answer",
-        description="; ".join(f"{m.label}: {percent(m.y)} at {seconds(m.x)}" for m in marks.values()),
+        description="; ".join(f"{m.label}: {words(m.y)} at {seconds(m.x)}" for m in marks.values()),
         x_label="processor time per answer, one input at a time",
         y_label=workload.metric,
         x_words=seconds,
-        y_words=_share,
+        y_words=_share if workload.unit is None else words,
         link=link,
     )
-    return _figure("Quality against cost", "Up is better, left is cheaper.", svg)
+    better = "Down" if workload.lower_is_better else "Up"
+    return _figure("Quality against cost", f"{better} is better, left is cheaper.", svg)
 
 
 def quality_against_energy(workload: Workload) -> str:
@@ -134,6 +135,30 @@ def equal_quality(workload: Workload) -> str:
     return _figure("Both trained at length", "At 20,000 classes, where dense can be. The upright axis is cut.", svg)
 
 
+def noise(workload: Workload) -> list[str]:
+    """Accuracy against the strength of each kind of noise, one chart each."""
+    return [_noise(name, rows) for name, rows in trained.noise(workload).items()]
+
+
+def _noise(name: str, rows: list[Mapping[str, Any]]) -> str:
+    series = [
+        charts.Series(label, kind, [(row["strength"], row[key]["value"]) for row in rows])
+        for key, label, kind in trained.sides(rows[0])
+    ]
+    ends = ", ".join(f"{one.label} {percent(one.points[-1][1])}" for one in series)
+    svg = charts.lines(
+        series,
+        title=f"Accuracy under {name}",
+        description=f"at the greatest strength: {ends}",
+        x_label=trained.NOISE.get(name, "strength"),
+        y_label="accuracy",
+        x_words=lambda value: f"{value:g}",
+        y_words=_share,
+        y_log=False,
+    )
+    return _figure(name.capitalize(), "The same noisy pictures for every network.", svg)
+
+
 CHARTS = (quality_against_time, quality_against_energy, cost_against_classes, training_curve, equal_quality)
 
 
@@ -167,6 +192,10 @@ def _figure(title: str, caption: str, svg: str) -> str:
 
 def _share(value: float) -> str:
     return f"{100 * value:.0f} %"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.2f}"
 
 
 def _count(value: float) -> str:

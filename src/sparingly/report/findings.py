@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from sparingly.report.result import JOBS, RULERS, Interval, Workload, number
-from sparingly.report.text import percent, seconds, times
+from sparingly.report import trained
+from sparingly.report.result import JOBS, RULERS, Interval, Method, Workload, number
+from sparingly.report.text import difference, percent, seconds, times
 
 
 def headline(workload: Workload) -> str:
@@ -45,10 +46,11 @@ def comparisons(workload: Workload) -> Iterator[tuple[str, str]]:
             spent, dense_spent = seconds(selective.training_cpu_s), seconds(dense.training_cpu_s)
             text += f", for {spent} against {dense_spent} ({times(ratio)})"
         yield "equal quality", text
+    yield from trained.comparisons(workload)
     mine = workload.method("selective")
     for other in workload.methods:
         if other.kind == "incumbent" and mine is not None:
-            text = f"{_points(mine.quality.value - other.quality.value)} {workload.metric} against {other.name}"
+            text = f"{_gap(workload, mine, other)} {workload.metric} against {other.name}"
             if other.answer_cpu_s and mine.answer_cpu_s:
                 ratio = other.answer_cpu_s / mine.answer_cpu_s
                 pace = f"{times(ratio)} less" if ratio >= 1 else f"{times(1 / ratio)} more"
@@ -89,16 +91,17 @@ def losses(workload: Workload) -> list[str]:
     ]
     mine = workload.method("selective")
     for other in workload.methods:
-        if mine is not None and other is not mine and _below(mine.quality, other.quality):
-            gap = _points(mine.quality.value - other.quality.value)
-            found.append(f"{workload.metric} {gap} against {other.name}")
+        paired = trained.differences(workload) and other.kind == "dense"
+        if mine is not None and other is not mine and not paired and _worse(workload, mine.quality, other.quality):
+            found.append(f"{workload.metric} {_gap(workload, mine, other)} against {other.name}")
         if mine is not None and other.kind == "incumbent" and other.answer_cpu_s and mine.answer_cpu_s:
             ratio = mine.answer_cpu_s / other.answer_cpu_s
             if ratio > 1:
                 found.append(f"{times(ratio)} the processor time of {other.name} per answer")
+    found += trained.losses(workload)
     by_kind = {method.kind: method.quality for method in workload.converged}
     if len(by_kind) == 2 and _below(by_kind["selective"], by_kind["dense"]):
-        gap = _points(by_kind["selective"].value - by_kind["dense"].value)
+        gap = difference(Interval(by_kind["selective"].value - by_kind["dense"].value), None)
         found.append(f"{gap} against dense at 20,000 classes, both trained at length")
     if workload.null_test is not None and not null_test_holds(workload):
         found.append("the A/A null test leaves out 1: do not trust the timings of this run")
@@ -143,12 +146,19 @@ def quiet_jobs(workload: Workload) -> list[str]:
     return [label for job, label in JOBS.items() if job not in present]
 
 
+def _gap(workload: Workload, mine: Method, other: Method) -> str:
+    return difference(Interval(mine.quality.value - other.quality.value), workload.unit)
+
+
+def _worse(workload: Workload, mine: Interval, other: Interval) -> bool:
+    """`_below`, or above where lower is better."""
+    if not workload.lower_is_better:
+        return _below(mine, other)
+    turned = [Interval(-one.value, -one.bounds[1], -one.bounds[0]) for one in (mine, other)]
+    return _below(turned[0], turned[1])
+
+
 def _below(mine: Interval, other: Interval) -> bool:
     """`mine` is under `other` by more than both half-widths in quadrature explain."""
     half = [abs(interval.value - bound) for interval, bound in ((mine, mine.bounds[0]), (other, other.bounds[1]))]
     return other.value - mine.value > math.hypot(*half)
-
-
-def _points(difference: float) -> str:
-    """A difference of two shares -> `+3.2 points`."""
-    return f"{100 * difference:+.1f} points".replace("-", "−")

@@ -10,10 +10,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from sparingly.report import conversion, figures, findings
+from sparingly.report import conversion, figures, findings, trained
 from sparingly.report.provenance import energy_rows, energy_value, machine_line, versions_line
-from sparingly.report.result import JOBS, RULERS, Method, Report, Saving, Workload
-from sparingly.report.text import percent, percent_interval, seconds, times, times_interval
+from sparingly.report.result import JOBS, RULERS, Interval, Method, Report, Saving, Workload
+from sparingly.report.text import amount, percent, seconds, times, times_interval
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _CLASSES = {
@@ -55,8 +55,11 @@ def _workload(workload: Workload) -> Iterator[str]:
     lead = "The field is every class there is, one point each. Lit are the classes that this word was compared with."
     cards = [_example(example, workload) for example in workload.raw.get("examples") or []]
     yield _section("Which units ran", lead, _row("two", cards))
+    lead = "Right answers where what comes in, or what was learned from, is disturbed."
+    yield _section("Noise", lead, _row("two", figures.noise(workload)))
     yield _section("Where it does not pay", findings.batching(workload) or "", _losses(workload))
-    yield _section("Every figure", "", _row("", [_quality(workload), _savings(workload), _others(workload)]))
+    tables = [_quality(workload), _savings(workload), _others(workload), *_trained(workload)]
+    yield _section("Every figure", "", _row("", tables))
     lead = "Classes of result are never added up, and a missing figure is never a zero."
     yield _section("Energy", lead, _energy(workload))
 
@@ -86,7 +89,8 @@ def _header(workload: Workload) -> str:
     sentences = []
     if mine is not None:
         tested = "" if workload.num_tested is None else f" on {workload.num_tested:,} inputs that training never saw"
-        sentences.append(f"<strong>{percent(mine.quality.value)}</strong> {escape(workload.metric)}{tested}.")
+        value = amount(Interval(mine.quality.value), workload.unit)
+        sentences.append(f"<strong>{value}</strong> {escape(workload.metric)}{tested}.")
     if workload.agreement is not None:
         share = percent(workload.agreement.value)
         sentences.append(f"The same top answer as scoring every class, <strong>{share}</strong> of the time.")
@@ -151,15 +155,16 @@ def _losses(workload: Workload) -> str:
 
 
 def _quality(workload: Workload) -> str:
-    rows = [_quality_row(method) for method in workload.methods]
-    rows += [_quality_row(method, "20,000 classes, trained at length: ") for method in workload.converged]
+    unit = workload.unit
+    rows = [_quality_row(method, unit) for method in workload.methods]
+    rows += [_quality_row(method, unit, "20,000 classes, trained at length: ") for method in workload.converged]
     heads = [escape(workload.metric) + ", 95 % interval", "processor time per answer", "processor time of training"]
     return _table("Quality", ["method", *heads], rows)
 
 
-def _quality_row(method: Method, prefix: str = "") -> list[str]:
+def _quality_row(method: Method, unit: str | None, prefix: str = "") -> list[str]:
     costs = [seconds(cost) if cost is not None else "–" for cost in (method.answer_cpu_s, method.training_cpu_s)]
-    return [escape(prefix + method.name), percent_interval(method.quality), *costs]
+    return [escape(prefix + method.name), amount(method.quality, unit), *costs]
 
 
 def _savings(workload: Workload) -> str:
@@ -182,6 +187,12 @@ def _others(workload: Workload) -> str:
         verdict = "includes 1" if findings.null_test_holds(workload) else "leaves out 1: distrust the timings"
         rows.append(["A/A null test", f"{workload.null_test.value:.3f} [{low:.3f}, {high:.3f}], {verdict}"])
     return _table("Equal quality, incumbents, growth, and the rig itself", ["", "finding"], rows, "words")
+
+
+def _trained(workload: Workload) -> Iterator[str]:
+    for made in trained.tables(workload):
+        rows = [[escape(cell) for cell in row] for row in made.rows]
+        yield _table(made.caption, [escape(head) for head in made.heads], rows)
 
 
 def _energy(workload: Workload) -> str:

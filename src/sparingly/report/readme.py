@@ -14,7 +14,7 @@ from pathlib import Path
 from sparingly.report import conversion, findings
 from sparingly.report.provenance import energy_rows, energy_value, machine_line, versions_line
 from sparingly.report.result import JOBS, RULERS, Report, Saving, Workload, load, number
-from sparingly.report.text import percent_interval, seconds, times, times_interval
+from sparingly.report.text import amount, percent_interval, seconds, times, times_interval
 
 RESULTS = tuple(Path(f"benchmarks/results/{name}.json") for name in ("spell", "smollm", "minilm", "relu"))
 README = Path("README.md")
@@ -94,10 +94,10 @@ BLOCKS: dict[str, Callable[[Sequence[Report]], str]] = {
 def _quality(workload: Workload) -> Iterator[list[str]]:
     mine = workload.method("selective")
     tested = "" if workload.num_tested is None else f", {workload.num_tested:,} inputs never trained on"
-    label, own = f"{workload.metric}{tested}", "" if mine is None else f"**{percent_interval(mine.quality)}**"
+    label, own = f"{workload.metric}{tested}", "" if mine is None else f"**{amount(mine.quality, workload.unit)}**"
     for other in workload.methods:
         if other is not mine:
-            yield [label, own, f"{other.name}: {percent_interval(other.quality)}", ""]
+            yield [label, own, f"{other.name}: {amount(other.quality, workload.unit)}", ""]
             label = own = ""
     if workload.agreement is not None:
         yield ["top answer equals the exact one", percent_interval(workload.agreement), "the same weights", ""]

@@ -79,6 +79,8 @@ class Workload:
     name: str
     num_classes: int | None
     metric: str
+    unit: str | None  # None: a share
+    lower_is_better: bool
     num_tested: int | None
     methods: list[Method]
     converged: list[Method]
@@ -139,6 +141,8 @@ def _workload(name: str, raw: Mapping[str, Any]) -> Workload:
         name=name,
         num_classes=raw.get("num_classes"),
         metric=quality.get("metric", "quality"),
+        unit=quality.get("unit"),
+        lower_is_better=bool(quality.get("lower_is_better", False)),
         num_tested=quality.get("n"),
         methods=list(_methods(raw)),
         converged=list(_converged(raw.get("converged_20k") or {})),
@@ -149,20 +153,27 @@ def _workload(name: str, raw: Mapping[str, Any]) -> Workload:
     )
 
 
+_OWN = (
+    ("selective", "selective", "selective", "selective"),
+    ("same weights, every class", "exact", "exact_same_weights", "dense"),
+    ("dense, equal training time", "dense", "dense_equal_cpu", "dense"),
+    ("dense, same capacity", "dense", "dense_same_capacity", "dense"),
+    ("dense, equal running cost", "dense", "dense_equal_cost", "none"),
+)
+"""Name, kind, key in ``quality``, and whose cost of an answer it has where it does not say its own."""
+
+
 def _methods(raw: Mapping[str, Any]) -> Iterator[Method]:
     quality, inference = raw.get("quality") or {}, raw.get("inference") or {}
     cost = inference.get("batch_1") or {}
     trained_s = number((raw.get("training") or {}).get("selective_cpu_s"))
-    own = (
-        ("selective", "selective", "selective", "selective"),
-        ("same weights, every class", "exact", "exact_same_weights", "dense"),
-        ("dense, equal training time", "dense", "dense_equal_cpu", "dense"),
-    )
-    for name, kind, key, side in own:
+    for name, kind, key, side in _OWN:
         value = Interval.of(quality.get(key))
         if value is not None:
-            answer_s, energy_j = number(cost.get(f"{side}_cpu_s")), Interval.of(cost.get(f"{side}_energy_j"))
-            yield Method(name, kind, value, answer_s, trained_s, energy_j)
+            own = quality[key] if isinstance(quality[key], Mapping) and "training_cpu_s" in quality[key] else {}
+            answer_s = number(own.get("cpu_s")) or number(cost.get(f"{side}_cpu_s"))
+            spent_s = number(own.get("training_cpu_s")) or trained_s
+            yield Method(name, kind, value, answer_s, spent_s, Interval.of(cost.get(f"{side}_energy_j")))
     for name, entry in (quality.get("incumbents") or {}).items():
         value = Interval.of(entry)
         if value is not None:

@@ -13,7 +13,7 @@ from rich.text import Text
 from sparingly.report import conversion, findings
 from sparingly.report.provenance import energy_lines, machine_line, versions_line
 from sparingly.report.result import JOBS, RULERS, Method, Report, Workload
-from sparingly.report.text import percent_interval, seconds, times, times_interval
+from sparingly.report.text import amount, percent_interval, seconds, times, times_interval
 
 _STYLES = {"selective": "bold green", "exact": "default", "dense": "yellow", "incumbent": "magenta"}
 _BAR_WIDTH = 10
@@ -76,7 +76,7 @@ def _quality(workload: Workload) -> Iterator[RenderableType]:
     for method in workload.methods:
         style = _STYLES[method.kind]
         cost = "" if method.answer_cpu_s is None else seconds(method.answer_cpu_s)
-        table.add_row(Text(method.name, style), percent_interval(method.quality), Text(_bar(method), style), cost)
+        table.add_row(Text(method.name, style), amount(method.quality, workload.unit), Text(_bar(method), style), cost)
     yield table
 
 

@@ -39,6 +39,22 @@ def percent_interval(interval: Interval) -> str:
     return f"{percent(interval.value)} [{100 * interval.lo:.1f}, {100 * interval.hi:.1f}]"
 
 
+def amount(interval: Interval, unit: str | None) -> str:
+    """A quality with its interval where it has one: a share as a percentage, else as it is."""
+    if unit is None:
+        return percent_interval(interval)
+    bounds = "" if interval.lo is None or interval.hi is None else f" [{interval.lo:.3f}, {interval.hi:.3f}]"
+    return f"{interval.value:.3f}{bounds}"
+
+
+def difference(interval: Interval, unit: str | None) -> str:
+    """A difference of two qualities: `+1.2 points [0.8, 1.6]`, or of bits per byte `−0.031 [−0.034, −0.028]`."""
+    factor, digits, name = (100, 1, " points") if unit is None else (1, 3, "")
+    bounds = ", ".join(f"{factor * bound:.{digits}f}" for bound in interval.bounds)
+    tail = "" if interval.lo is None else f" [{bounds}]"
+    return f"{factor * interval.value:+.{digits}f}{name}{tail}".replace("-", "−")
+
+
 def scaled(value: float) -> str:
     """A figure in 1..1,000 that has its own unit: two significant digits, no trailing zero."""
     return f"{value:,.0f}" if value >= 9.95 else f"{value:.2g}"

@@ -1,0 +1,140 @@
+"""What a network that was trained selectively says: other denominators, noise, what others reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sparingly.report.conversion import Table
+from sparingly.report.result import Interval, Workload
+from sparingly.report.text import amount, difference, percent_interval, seconds, times, times_interval
+
+NOISE = {
+    "gaussian": "standard deviation, share of the range",
+    "impulse": "share of pixels that turn black or white",
+    "occlusion": "side of a black square, pixels",
+    "labels": "share of wrong labels in training",
+}
+"""Kinds of noise and what their strength is."""
+
+JOBS = {"batch_1": "one at a time", "best_batch": "best batches"}
+
+
+def comparisons(workload: Workload) -> Iterator[tuple[str, str]]:
+    """(denominator, sentence): dense networks of equal running cost and of equal quality."""
+    equal = workload.raw.get("equal_cost") or {}
+    gap = Interval.of(equal.get("difference"))
+    if gap is not None:
+        yield "equal cost", f"{difference(gap, workload.unit)} against {equal.get('dense')}{_paid(equal)}"
+    found = workload.raw.get("equal_quality") or {}
+    if found.get("dense"):
+        yield (
+            "equal quality",
+            f"{found['dense']} is the cheapest dense network as good as the selective one{_paid(found)}",
+        )
+    elif found.get("sweep"):
+        yield "equal quality", f"none of {len(found['sweep'])} dense networks is as good as the selective one"
+
+
+def _paid(entry: Mapping[str, Any]) -> str:
+    """What that dense network costs: `; it costs 0.71× one at a time, 0.32× best batches`."""
+    found = {words: Interval.of(entry.get(job)) for job, words in JOBS.items()}
+    parts = [f"{times(interval.value)} {words}" for words, interval in found.items() if interval is not None]
+    return f"; it costs {', '.join(parts)}" if parts else ""
+
+
+def differences(workload: Workload) -> dict[str, Interval]:
+    """Key of another method -> selective minus that, paired over the same examples."""
+    raw = (workload.raw.get("quality") or {}).get("differences") or {}
+    found = {key: Interval.of(entry) for key, entry in raw.items()}
+    return {key: interval for key, interval in found.items() if interval is not None}
+
+
+def losses(workload: Workload) -> list[str]:
+    """Where a dense network is better, or the selective one is less robust, one sentence each."""
+    sign = -1 if workload.lower_is_better else 1
+    found = [
+        f"{difference(interval, workload.unit)} {workload.metric} against {NAMES.get(key, key)}"
+        for key, interval in differences(workload).items()
+        if max(sign * bound for bound in interval.bounds) < 0
+    ]
+    for name, rows in noise(workload).items():
+        for row in rows:
+            key = sides(row)[-1][0]
+            gap = Interval.of(row[key].get("difference"))
+            if gap is not None and gap.bounds[1] < 0:
+                found.append(f"noise, {name} {row['strength']:g}: {difference(gap, None)} against {key}")
+    return found
+
+
+NAMES = {"dense_same_capacity": "dense of the same capacity", "dense_equal_cost": "dense of equal running cost"}
+
+
+def noise(workload: Workload) -> dict[str, list[Mapping[str, Any]]]:
+    """Kind -> rows of a strength and each network's accuracy."""
+    raw = workload.raw.get("noise") or {}
+    return {**(raw.get("pictures") or {}), **({"labels": raw["labels"]} if raw.get("labels") else {})}
+
+
+def sides(row: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(key, label, kind) of each network in a row of noise, the dense one of the same capacity last."""
+    dense = sorted((key for key in row if key.startswith("dense")), key=lambda key: int(key.split()[1]))
+    kinds = ["exact", "dense"] if len(dense) > 1 else ["dense"]
+    return [("selective", "selective", "selective")] + [
+        (key, key, kind) for key, kind in zip(dense, kinds, strict=True)
+    ]
+
+
+def tables(workload: Workload) -> list[Table]:
+    """Everything that only such a workload has; tables without a row are left out."""
+    made = [_sweep(workload), _convolutions(workload), *_noise(workload), _published(workload)]
+    return [table for table in made if table.rows]
+
+
+def _sweep(workload: Workload) -> Table:
+    rows = []
+    for row in (workload.raw.get("equal_quality") or {}).get("sweep") or []:
+        value, gap = Interval.of(row), Interval.of(row.get("difference"))
+        ratios = [Interval.of(row.get(job)) for job in JOBS]
+        if value is not None:
+            cells = ["–" if ratio is None else times_interval(ratio) for ratio in ratios]
+            own = "–" if gap is None else difference(gap, workload.unit)
+            trained = seconds(row["training_cpu_s"]) if row.get("training_cpu_s") else "–"
+            rows.append((str(row["name"]), amount(value, workload.unit), own, *cells, trained))
+    heads = ("dense network", workload.metric, "selective minus dense", *JOBS.values(), "training")
+    return Table(
+        "Dense networks of every size: quality, and cost of an answer ÷ the selective one's", heads, tuple(rows)
+    )
+
+
+def _convolutions(workload: Workload) -> Table:
+    rows = [
+        (name, percent_interval(Interval(*(row[key] for key in ("value", "lo", "hi")))), seconds(row["training_cpu_s"]))
+        for name, row in (workload.raw.get("convolutions") or {}).items()
+    ]
+    return Table(
+        "A small convolutional network, by its classifier's block", ("", workload.metric, "training"), tuple(rows)
+    )
+
+
+def _noise(workload: Workload) -> Iterator[Table]:
+    for name, noisy in noise(workload).items():
+        rows = []
+        for row in noisy:
+            values = [
+                percent_interval(Interval(*(row[key][k] for k in ("value", "lo", "hi")))) for key, _, _ in sides(row)
+            ]
+            last = Interval.of(row[sides(row)[-1][0]].get("difference"))
+            rows.append((f"{row['strength']:g}", *values, "–" if last is None else difference(last, None)))
+        heads = (NOISE.get(name, name), *(label for _, label, _ in sides(noisy[0])), "selective minus the last")
+        yield Table(f"Noise, {name}: {workload.metric}", heads, tuple(rows))
+
+
+def _published(workload: Workload) -> Table:
+    rows = [
+        (str(row["name"]), str(row["preprocessing"]), f"{100 * row['accuracy']:.1f} %")
+        for row in workload.raw.get("published") or []
+    ]
+    return Table(
+        "Results that others reported to the data set's authors", ("", "preprocessing", "accuracy"), tuple(rows)
+    )

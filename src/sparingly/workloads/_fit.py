@@ -1,0 +1,99 @@
+"""Training a network of a benchmark: a cosine schedule, and a file from which it goes on after an interruption."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparingly.optim import optimizer
+
+SAVE_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``steps`` of AdamW: ``lr`` rises over ``warmup`` of them (a tenth at most) and then falls along a cosine."""
+
+    steps: int
+    lr: float
+    weight_decay: float = 0.1
+    warmup: int = 200
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Processor-seconds of training, those of making batches included, and the mean loss of the last twentieth."""
+
+    cpu_s: float
+    loss: float
+
+
+def fit(
+    model: nn.Module,
+    loss: Callable[[nn.Module, int], Tensor],
+    recipe: Recipe,
+    *,
+    tick: Callable[[float], None] = lambda part: None,
+    file: Path | None = None,
+) -> Fitted:
+    """Train ``model`` in place and leave it in evaluation mode.
+
+    ``loss(model, step)``: a scalar for step 0, 1, ...; it must depend on nothing but its arguments and PyTorch's
+    random numbers. ``tick`` hears the share that is done. ``file`` is written every 30 seconds and at the end: a call
+    with the same file goes on from there, to the same numbers, and returns at once where training is complete.
+    """
+    optim = optimizer(model, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    first, spent, recent = 0, 0.0, 0.0
+    if file is not None and file.is_file():
+        kept: dict[str, Any] = torch.load(file, weights_only=True)
+        model.load_state_dict(kept["model"])
+        first, spent, recent = kept["step"], kept["cpu_s"], kept["loss"]
+        if first < recipe.steps:
+            optim.load_state_dict(kept["optimizer"])
+            torch.set_rng_state(kept["random"])
+    model.train()
+    last = max(1, recipe.steps // 20)
+    start, saved = time.process_time(), time.monotonic()
+
+    def keep(step: int) -> None:
+        assert file is not None
+        state: dict[str, Any] = {"model": model.state_dict(), "step": step, "loss": recent, "cpu_s": spent}
+        if step < recipe.steps:
+            state |= {"optimizer": optim.state_dict(), "random": torch.get_rng_state()}
+        fresh = file.with_suffix(".tmp")
+        torch.save(state, fresh)
+        os.replace(fresh, file)
+
+    for step in range(first, recipe.steps):
+        for group in optim.param_groups:
+            group["lr"] = recipe.lr * _share(step, recipe)
+        optim.zero_grad()
+        value = loss(model, step)
+        value.backward()
+        optim.step()
+        if step >= recipe.steps - last:
+            recent += float(value.detach()) / last
+        if step % 16 == 0:
+            tick(step / recipe.steps)
+            if file is not None and time.monotonic() - saved > SAVE_EVERY_S:
+                spent, start = spent + time.process_time() - start, time.process_time()
+                keep(step + 1)
+                start, saved = time.process_time(), time.monotonic()
+    spent += time.process_time() - start
+    if file is not None and first < recipe.steps:
+        keep(recipe.steps)
+    model.eval()
+    return Fitted(spent, recent)
+
+
+def _share(step: int, recipe: Recipe) -> float:
+    rise = min(1.0, (step + 1) / max(1, min(recipe.warmup, recipe.steps // 10)))
+    return rise * max(1e-3, 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
