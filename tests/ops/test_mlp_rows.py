@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparingly.energy import count
 from sparingly.ops import fallbacks, mlp_rows
-from sparingly.ops.mlp_rows import OP
+from sparingly.ops.mlp_rows import OP, _by_block
 from sparingly.ops.mlp_rows._activations import ACTIVATIONS
 
 # Sums of up to 70 float32 products; one wrong unit changes a sum by about 1.
@@ -194,3 +194,28 @@ def test_nothing_to_do(tokens, k):
     assert out.shape == (tokens, 23) and (out == 0).all()
     out.sum().backward()
     assert case.up.grad.coalesce().indices().numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_batches_that_share_blocks_read_each_once(error, monkeypatch, dtype, threads):
+    case = build(block=16, tokens=400, units=160, d_in=256, d_out=130, k=3)
+    for name in ("up", "bias", "down"):
+        setattr(case, name, getattr(case, name).to(dtype))
+    wide = leaves(case, torch.float64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with count() as together:
+            found = run(case)
+        monkeypatch.setattr(_by_block, "SHARED", 1 << 40)
+        with count() as apart:
+            other = run(case)
+    finally:
+        torch.set_num_threads(before)
+    assert error(found, dense(wide, "gelu")) < TOLERANCE
+    assert error(found, other) < TOLERANCE
+    assert together.macs == apart.macs
+    rows = 160 * ((256 + 130) * case.up.element_size() + case.bias.element_size())
+    ran = int((case.ids >= 0).sum()) * 16
+    assert apart.bytes - together.bytes == rows // 160 * ran - rows

@@ -83,11 +83,37 @@ def others(reports: Sequence[Report]) -> str:
     return "\n".join(lines or ["No other network was measured."]) + "\n"
 
 
+def trained(reports: Sequence[Report]) -> str:
+    """Further networks that were trained selectively in a paragraph each: quality, savings, losses, commit."""
+    found = [(report, one) for report in reports for one in report.workloads if not conversion.is_conversion(one)]
+    lines = []
+    for report, workload in found[1:]:
+        told = [f"{method.name} {amount(method.quality, workload.unit)}" for method in workload.methods]
+        unit = "" if workload.unit is None else f", {workload.unit}"
+        sentences = [f"{workload.metric}{unit}: {'; '.join(told)}", f"Dense cost ÷ selective cost: {_by_job(workload)}"]
+        sentences += [f"{name.capitalize()}: {sentence}" for name, sentence in findings.comparisons(workload)]
+        lost = findings.losses(workload)
+        sentences += [f"Where it loses: {'; '.join(lost)}"] if lost else []
+        lines.append(f"- **{workload.title}**: {'. '.join(sentences)}. Commit {str(report.raw.get('commit'))[:12]}.")
+    return "\n".join(lines or ["No other network was measured."]) + "\n"
+
+
+def _by_job(workload: Workload) -> str:
+    """Each job's saving in processor time, the ruler that every job has."""
+    parts = [
+        f"{JOBS[saving.job]} {times_interval(saving.rulers['cpu_s'])}"
+        for saving in workload.savings
+        if "cpu_s" in saving.rulers
+    ]
+    return f"{', '.join(parts)} ({RULERS['cpu_s']})"
+
+
 BLOCKS: dict[str, Callable[[Sequence[Report]], str]] = {
     "table": table,
     "batching": batching,
     "converted": converted,
     "others": others,
+    "trained": trained,
 }
 
 

@@ -111,8 +111,8 @@ class Convolutions(nn.Module):
     def __init__(self, ffn: nn.Module):
         super().__init__()
         self.trunk = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Conv2d(1, 16, 5, stride=2, padding=2), nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
             nn.Linear(32 * 7 * 7, WIDTH),
         )  # fmt: skip
         self.head = nn.Sequential(Residual(WIDTH, ffn), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10))

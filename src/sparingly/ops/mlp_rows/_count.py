@@ -9,10 +9,14 @@ from sparingly.ops._record import tensor_bytes
 from sparingly.ops.mlp_rows._arguments import Arguments
 
 
-def record(visited: int, args: Arguments, scores: Tensor, sums: Tensor, copied: int = 0) -> None:
-    """``visited``: units that ran, over all tokens; ``copied``: bytes of temporaries, written and read once."""
+def record(
+    visited: int, args: Arguments, scores: Tensor, sums: Tensor, copied: int = 0, *, shared: bool = False
+) -> None:
+    """``visited``: units that ran, over all tokens; ``copied``: bytes of temporaries, written and read once; ``shared``:
+    whether the rows of a block are read once for all tokens that chose it."""
     if not ledger.active():
         return
+    chosen = args.ids[args.ids >= 0].unique().numel() * args.block if shared else visited
     hidden, up, bias, down, ids, weights, *_ = args
     width = up.shape[1] + down.shape[1]
     unit_bytes = width * up.element_size() + (0 if bias is None else bias.element_size())
@@ -21,7 +25,7 @@ def record(visited: int, args: Arguments, scores: Tensor, sums: Tensor, copied: 
         dtype=up.dtype,
         macs=visited * width + (0 if weights is None else visited),
         other=visited,
-        bytes_read=visited * unit_bytes + tensor_bytes(hidden, ids, weights) + copied,
+        bytes_read=chosen * unit_bytes + tensor_bytes(hidden, ids, weights) + copied,
         bytes_written=tensor_bytes(scores, sums) + copied,
     )
 

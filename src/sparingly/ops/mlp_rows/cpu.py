@@ -13,6 +13,7 @@ from sparingly.ops._numba import EIGHT, axpy, axpy_eight, dot, dot_eight, eight,
 from sparingly.ops._numba import kernel as compiled
 from sparingly.ops._threads import run_chunks
 from sparingly.ops._views import CPU, LIKE, addresses, matrix_at, packed, vector_at
+from sparingly.ops.mlp_rows import _by_block
 from sparingly.ops.mlp_rows._activations import NUMBERS, activate
 from sparingly.ops.mlp_rows._arguments import Arguments
 from sparingly.ops.mlp_rows._count import record
@@ -98,6 +99,8 @@ def kernel(*args: Any) -> tuple[Tensor, Tensor]:
     sizes = (tokens, k, block, num_units, d_in, d_out, NUMBERS[activation])
     visited = check_range(places, num_units // block) * block
     work_bytes = visited * (d_in + d_out) * up.element_size()
-    run_chunks(part, tokens, work_bytes, LIKE[up.dtype], sizes, addresses(*tensors), keep=tensors)
-    record(visited, given, scores, sums)
+    together = _by_block.pays(tokens, k, block, num_units // block)
+    work = _by_block.part if together else part
+    run_chunks(work, tokens, work_bytes, LIKE[up.dtype], sizes, addresses(*tensors), keep=tensors)
+    record(visited, given, scores, sums, shared=together)
     return sums, scores
