@@ -24,7 +24,7 @@ COLUMNS = 20
 
 
 @kernel
-def _linear(x, rows, bias, out):
+def linear(x, rows, bias, out):
     """out [1, n] = rows [n, d] . x [1, d] + bias [n], which may be empty."""
     n = rows.shape[0]
     whole = n - n % 8
@@ -62,7 +62,7 @@ def _product_keys(x, at, ids, weights):
     heads, width, n, m = at[0], at[1], at[2], at[3]
     k, d = ids.shape[1], x.shape[1]
     queries = np.empty((1, heads * 2 * width), np.float32)
-    _linear(x, matrix_at(at[4], heads * 2 * width, d, np.float32), np.empty(0, np.float32), queries)
+    linear(x, matrix_at(at[4], heads * 2 * width, d, np.float32), np.empty(0, np.float32), queries)
     halves = queries.reshape(heads * 2, width)
     for half in range(heads * 2):
         factor = np.float32(1.0) / np.sqrt(dot(halves, half, halves, half) / np.float32(width) + np.float32(2**-23))
@@ -81,9 +81,9 @@ def _product_keys(x, at, ids, weights):
     nothing = np.empty(0, np.float32)
     for head in range(heads):
         first = halves[2 * head : 2 * head + 1]
-        _linear(first, matrix_at(at[5] + 4 * head * n * width, n, width, np.float32), nothing, left)
+        linear(first, matrix_at(at[5] + 4 * head * n * width, n, width, np.float32), nothing, left)
         second = halves[2 * head + 1 : 2 * head + 2]
-        _linear(second, matrix_at(at[6] + 4 * head * m * width, m, width, np.float32), nothing, right)
+        linear(second, matrix_at(at[6] + 4 * head * m * width, m, width, np.float32), nothing, right)
         one_left, one_right = (left, left.view(np.uint32)), (right, right.view(np.uint32))
         best_sums(0, one_left, one_right, scratch, weights[head : head + 1], ids[head : head + 1])
         total, top = np.float32(0.0), weights[head, 0]
@@ -99,7 +99,7 @@ def _experts(x, at, ids, weights):
     """What :class:`sparingly.selectors.Experts` chooses for x [1, d]: ids and weights [1, k]."""
     blocks, k = at[0], ids.shape[1]
     scores, biased = np.empty((1, blocks), np.float32), np.empty((1, blocks), np.float32)
-    _linear(x, matrix_at(at[1], blocks, x.shape[1], np.float32), np.empty(0, np.float32), scores)
+    linear(x, matrix_at(at[1], blocks, x.shape[1], np.float32), np.empty(0, np.float32), scores)
     bias = vector_at(at[2], blocks, np.float32)
     for block in range(blocks):
         scores[0, block] = np.float32(1.0) / (np.float32(1.0) + np.float32(math.exp(-scores[0, block])))
@@ -157,7 +157,7 @@ def run(table, eps, inputs, outputs, work):
             out = matrix_at(base + 4 * at[TO], 1, result, np.float32)
             if do == LINEAR:
                 bias = vector_at(at[6], result, np.float32)
-                _linear(x, matrix_at(at[5], result, size, np.float32), bias, out)
+                linear(x, matrix_at(at[5], result, size, np.float32), bias, out)
             elif do == NORM:
                 gain, shift = vector_at(at[5], size, np.float32), vector_at(at[6], size, np.float32)
                 _norm(x, gain, shift, eps[step], out)

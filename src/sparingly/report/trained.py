@@ -87,7 +87,7 @@ def sides(row: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def tables(workload: Workload) -> list[Table]:
     """Everything that only such a workload has; tables without a row are left out."""
-    made = [_sweep(workload), _convolutions(workload), *_noise(workload), _published(workload)]
+    made = [_sweep(workload), _others(workload), *_noise(workload), _published(workload)]
     return [table for table in made if table.rows]
 
 
@@ -107,14 +107,12 @@ def _sweep(workload: Workload) -> Table:
     )
 
 
-def _convolutions(workload: Workload) -> Table:
+def _others(workload: Workload) -> Table:
     rows = [
         (name, percent_interval(Interval(*(row[key] for key in ("value", "lo", "hi")))), seconds(row["training_cpu_s"]))
-        for name, row in (workload.raw.get("convolutions") or {}).items()
+        for name, row in (workload.raw.get("others") or {}).items()
     ]
-    return Table(
-        "A small convolutional network, by its classifier's block", ("", workload.metric, "training"), tuple(rows)
-    )
+    return Table("Other networks", ("", workload.metric, "training"), tuple(rows))
 
 
 def _noise(workload: Workload) -> Iterator[Table]:

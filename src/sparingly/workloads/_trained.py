@@ -148,7 +148,7 @@ def _ledgers(*works: Work) -> Iterator[Ledger]:
         yield ledger
 
 
-def _counted(entry: dict[str, Any], dense: Side, selective: Side) -> dict[str, Any]:
+def counted(entry: dict[str, Any], dense: Side, selective: Side) -> dict[str, Any]:
     """``entry`` with MACs and bytes; both sides run in PyTorch, where they can be counted."""
     one, other = _ledgers(dense.work, selective.work)
     factor = selective.examples / dense.examples
@@ -161,18 +161,20 @@ def training_cost(
 ) -> dict[str, Any]:
     """Dense ÷ selective for one training example, each side at its fastest batch. Both models are changed by it."""
     sides = [fastest([step(model, inputs, targets, size) for size in TRAINING]) for model in (dense, selective)]
-    return _counted(saving(sides[0], sides[1], pairs), *sides)
+    return counted(saving(sides[0], sides[1], pairs), *sides)
 
 
-def inference_cost(dense: nn.Module, selective: nn.Module, inputs: Tensor, pairs: int) -> dict[str, Any]:
+def inference_cost(
+    dense: nn.Module, selective: nn.Module, inputs: Tensor, pairs: int, compiled: Engine | None = None
+) -> dict[str, Any]:
     """Dense ÷ selective for one answer: one input at a time, and each side at its own best batch.
 
     Both models in evaluation mode, from inputs [n, d] to scores. The dense one runs in its fastest engine of PyTorch,
-    ONNX Runtime and one compiled call, the selective one in PyTorch or as one compiled call.
+    ONNX Runtime and one compiled call, the selective one in PyTorch or ``compiled`` (by default ``compile_plan``'s).
     """
     size = inputs.shape[1]
     theirs: dict[str, Engine] = {"pytorch": dense, "onnxruntime": onnx_engine(dense, size), _PLAN: compile_plan(dense)}
-    ours: dict[str, Engine] = {"pytorch": selective, _PLAN: compile_plan(selective)}
+    ours: dict[str, Engine] = {"pytorch": selective, _PLAN: compiled or compile_plan(selective)}
 
     def best(engines: Mapping[str, Engine], sizes: Sequence[int]) -> Side:
         return fastest([answers(name, run, inputs, size) for name, run in engines.items() for size in sizes])
@@ -183,5 +185,5 @@ def inference_cost(dense: nn.Module, selective: nn.Module, inputs: Tensor, pairs
         entry = saving(one, other, pairs)
         # No ledger sees into ONNX Runtime, and a plan's own work is that of its model.
         plain = [answers("", model, inputs, side.examples) for model, side in ((dense, one), (selective, other))]
-        result[job] = _counted(entry, plain[0], plain[1])
+        result[job] = counted(entry, plain[0], plain[1])
     return result

@@ -12,8 +12,8 @@ from sparingly.ops.mlp_rows._arguments import Arguments
 def record(
     visited: int, args: Arguments, scores: Tensor, sums: Tensor, copied: int = 0, *, shared: bool = False
 ) -> None:
-    """``visited``: units that ran, over all tokens; ``copied``: bytes of temporaries, written and read once; ``shared``:
-    whether the rows of a block are read once for all tokens that chose it."""
+    """``visited``: units that ran, over all tokens; ``copied``: bytes of temporaries, written and read once;
+    ``shared``: whether the rows of a block are read once for all tokens that chose it."""
     if not ledger.active():
         return
     chosen = args.ids[args.ids >= 0].unique().numel() * args.block if shared else visited
