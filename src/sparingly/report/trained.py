@@ -36,11 +36,28 @@ def comparisons(workload: Workload) -> Iterator[tuple[str, str]]:
         yield "equal quality", f"none of {len(found['sweep'])} dense networks is as good as the selective one"
 
 
+def _as_good(workload: Workload) -> Iterator[tuple[str, str]]:
+    """What the best dense network's quality costs where the other side is made as small as it may."""
+    found = workload.raw.get("as_good") or {}
+    ratio = Interval.of((found.get("saving") or {}).get("cpu_s"))
+    if ratio is not None:
+        gap = Interval.of(found.get("difference"))
+        better = "" if gap is None else f", {difference(gap, workload.unit)} {workload.metric}"
+        yield "as good", f"{found.get('selective')} for {found.get('dense')}: {times_interval(ratio)} cheaper{better}"
+
+
 def _paid(entry: Mapping[str, Any]) -> str:
     """What that dense network costs: `; it costs 0.71× one at a time, 0.32× best batches`."""
-    found = {words: Interval.of(entry.get(job)) for job, words in JOBS.items()}
+    found = {words: Interval.of(ratio) for words, ratio in zip(JOBS.values(), _ratios(entry), strict=True)}
     parts = [f"{times(interval.value)} {words}" for words, interval in found.items() if interval is not None]
     return f"; it costs {', '.join(parts)}" if parts else ""
+
+
+def _ratios(entry: Mapping[str, Any]) -> list[Any]:
+    """Dense ÷ selective processor time of an answer, one at a time and in the best batches; None where it is absent."""
+    cost = entry.get("cost") or {}
+    found = [entry.get(job) or (cost.get(job) or {}).get("to_selective") for job in JOBS]
+    return [found[0] or entry.get("to_selective"), found[1]]
 
 
 def differences(workload: Workload) -> dict[str, Interval]:
@@ -95,7 +112,7 @@ def _sweep(workload: Workload) -> Table:
     rows = []
     for row in (workload.raw.get("equal_quality") or {}).get("sweep") or []:
         value, gap = Interval.of(row), Interval.of(row.get("difference"))
-        ratios = [Interval.of(row.get(job)) for job in JOBS]
+        ratios = [Interval.of(ratio) for ratio in _ratios(row)]
         if value is not None:
             cells = ["–" if ratio is None else times_interval(ratio) for ratio in ratios]
             own = "–" if gap is None else difference(gap, workload.unit)
@@ -108,11 +125,11 @@ def _sweep(workload: Workload) -> Table:
 
 
 def _others(workload: Workload) -> Table:
-    rows = [
-        (name, percent_interval(Interval(*(row[key] for key in ("value", "lo", "hi")))), seconds(row["training_cpu_s"]))
-        for name, row in (workload.raw.get("others") or {}).items()
-    ]
-    return Table("Other networks", ("", workload.metric, "training"), tuple(rows))
+    rows = []
+    for name, row in (workload.raw.get("others") or {}).items():
+        costs = [seconds(row[key]) if row.get(key) else "–" for key in ("cpu_s", "training_cpu_s")]
+        rows.append((name, amount(_interval(row), workload.unit), *costs))
+    return Table("Other networks", ("", workload.metric, "an answer", "training"), tuple(rows))
 
 
 def _noise(workload: Workload) -> Iterator[Table]:
@@ -126,6 +143,10 @@ def _noise(workload: Workload) -> Iterator[Table]:
             rows.append((f"{row['strength']:g}", *values, "–" if last is None else difference(last, None)))
         heads = (NOISE.get(name, name), *(label for _, label, _ in sides(noisy[0])), "selective minus the last")
         yield Table(f"Noise, {name}: {workload.metric}", heads, tuple(rows))
+
+
+def _interval(row: Mapping[str, Any]) -> Interval:
+    return Interval(row["value"], row["lo"], row["hi"])
 
 
 def _published(workload: Workload) -> Table:

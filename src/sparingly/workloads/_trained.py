@@ -164,17 +164,15 @@ def training_cost(
     return counted(saving(sides[0], sides[1], pairs), *sides)
 
 
-def inference_cost(
-    dense: nn.Module, selective: nn.Module, inputs: Tensor, pairs: int, compiled: Engine | None = None
-) -> dict[str, Any]:
+def inference_cost(dense: nn.Module, selective: nn.Module, inputs: Tensor, pairs: int) -> dict[str, Any]:
     """Dense ÷ selective for one answer: one input at a time, and each side at its own best batch.
 
     Both models in evaluation mode, from inputs [n, d] to scores. The dense one runs in its fastest engine of PyTorch,
-    ONNX Runtime and one compiled call, the selective one in PyTorch or ``compiled`` (by default ``compile_plan``'s).
+    ONNX Runtime and one compiled call, the selective one in PyTorch or as one compiled call.
     """
     size = inputs.shape[1]
     theirs: dict[str, Engine] = {"pytorch": dense, "onnxruntime": onnx_engine(dense, size), _PLAN: compile_plan(dense)}
-    ours: dict[str, Engine] = {"pytorch": selective, _PLAN: compiled or compile_plan(selective)}
+    ours: dict[str, Engine] = {"pytorch": selective, _PLAN: compile_plan(selective)}
 
     def best(engines: Mapping[str, Engine], sizes: Sequence[int]) -> Side:
         return fastest([answers(name, run, inputs, size) for name, run in engines.items() for size in sizes])
