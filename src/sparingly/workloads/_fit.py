@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparingly.optim import optimizer
 
-SAVE_EVERY_S = 30.0
+SAVE_EVERY_S, TELL_EVERY_S = 30.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def fit(
             torch.set_rng_state(kept["random"])
     model.train()
     last = max(1, recipe.steps // 20)
-    start, saved = time.process_time(), time.monotonic()
+    start, saved, told = time.process_time(), time.monotonic(), 0.0
 
     def keep(step: int) -> None:
         assert file is not None
@@ -81,15 +81,18 @@ def fit(
         optim.step()
         if step >= recipe.steps - last:
             recent += float(value.detach()) / last
-        if step % 16 == 0:
+        now = time.monotonic()
+        if now - told > TELL_EVERY_S:
             tick(step / recipe.steps)
-            if file is not None and time.monotonic() - saved > SAVE_EVERY_S:
-                spent, start = spent + time.process_time() - start, time.process_time()
-                keep(step + 1)
-                start, saved = time.process_time(), time.monotonic()
-    spent += time.process_time() - start
-    if file is not None and first < recipe.steps:
-        keep(recipe.steps)
+            told = now
+        if file is not None and now - saved > SAVE_EVERY_S:
+            spent, start = spent + time.process_time() - start, time.process_time()
+            keep(step + 1)
+            start, saved = time.process_time(), time.monotonic()
+    if first < recipe.steps:
+        spent += time.process_time() - start
+        if file is not None:
+            keep(recipe.steps)
     model.eval()
     return Fitted(spent, recent)
 

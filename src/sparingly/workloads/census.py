@@ -2,6 +2,8 @@
 
 Tables are what gradient-boosted trees are best at, so scikit-learn's histogram booster is the incumbent. The networks
 are two residual blocks each and learn by one recipe; the selective one has 16,384 units in a block, of which 32 run.
+The trees win (average precision 0.701 against 0.676 in a default run), and of the networks small dense ones do as well
+as the selective one: more capacity is not what this task lacks.
 
 Six of a hundred people are rich. The metric is average precision, the area under the curve of precision over recall:
 accuracy hardly tells such answers apart. Its intervals come from resampled test people (the same for every method, so
@@ -35,8 +37,8 @@ METRIC = "average precision"
 WIDTH, BATCH = 64, 512
 DROPOUT, RATE, DECAY = 0.1, 2e-3, 0.1
 """Chosen on 15 % of the training people, alike to none of the other 85 %; what average precision five passes over the
-latter gave, where nothing else is said with 16,384 units or dense with 64, batch 512, rate 2e-3. Other random numbers
-alone move it by some 0.003.
+latter gave, where nothing else is said with 16,384 units or dense with 64, batch 512, rate 2e-3. One run each: what
+other random numbers change was not measured.
 
 * Selective: 0.651; rate 1e-3 0.647; batch 1024 0.651, with dropout 0.3 0.648, with decay 0.5 0.645, by
   ``Tree(trees=4)`` 0.649, by ``ProductKey(2, 16, 16)`` with block 8 0.647, by ``Experts(k=2)`` with block 32 0.641.
@@ -71,7 +73,7 @@ class Mode:
 
 MODES = {
     "quick": Mode("quick", 4_096, 20_000, 20_000, 5, 1, (16, 256), 100, 5, 200),
-    "default": Mode("default", 16_384, None, None, 5, 1, (16, 64, 256, 512), 700, 15, 1000),
+    "default": Mode("default", 16_384, None, None, 5, 1, (16, 64, 512), 700, 15, 600),
     "full": Mode("full", 16_384, None, None, 5, 5, (8, 16, 32, 64, 128, 256, 512, 1024), 700, 40, 2000),
 }
 

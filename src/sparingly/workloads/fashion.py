@@ -72,6 +72,8 @@ METRIC = "accuracy"
 WIDTH, BLOCK = 128, 8
 MEAN, SPREAD = 72.94, 90.02
 """Of the pixels for training, 0..255."""
+WIDE = 4096
+"""Dense blocks of so many units are trained at half the others' rate."""
 LEVEL = 40
 """Above it a pixel is bright."""
 ANSWERED = 4096
@@ -216,7 +218,7 @@ class Fashion:
 
     def trained(self, name: str, *, epochs: int | None = None, wrong: float = 0.0) -> nn.Module:
         """The network of that name, trained or as an earlier run left it; ``wrong``: share of labels that lie."""
-        key = f"{name} {wrong}".replace(" ", "-").replace(",", "")
+        key = _key(name, wrong)
         if key in self.models:
             return self.models[key]
         torch.manual_seed(0)
@@ -228,7 +230,7 @@ class Fashion:
             images, labels = stream(step)
             return F.cross_entropy(model(images), labels, label_smoothing=0.1)
 
-        recipe = recipe_for(name, (epochs or self.mode.epochs) * stream.per_epoch)
+        recipe = recipe_for(model, (epochs or self.mode.epochs) * stream.per_epoch)
         what = f"training, {name}" + (f", {wrong:.0%} of the labels wrong" if wrong else "")
         file = self.parts.folder / f"{key}.pt"
         fitted = fit(model, loss, recipe, tick=lambda part: self.say(what, part), file=file)
@@ -249,7 +251,7 @@ class Fashion:
         return {
             name: {
                 **share(found),
-                "training_cpu_s": self.spent[f"{name} 0.0".replace(" ", "-").replace(",", "")],
+                "training_cpu_s": self.spent[_key(name)],
                 "difference": difference(mine, found),
             }
             for name, found in rights.items()
@@ -379,9 +381,15 @@ def looking(ffn: Callable[[], nn.Module]) -> Looking:
     return Looking(enter, (LEVEL - MEAN) / SPREAD, nn.Sequential(*rest))
 
 
-def recipe_for(name: str, steps: int) -> Recipe:
-    """How a network is trained."""
-    return Recipe(steps, lr=2e-3)
+def _key(name: str, wrong: float = 0.0) -> str:
+    """A network's file, by its name and the share of labels that lie."""
+    return f"{name}-{wrong}".replace(" ", "-").replace(",", "")
+
+
+def recipe_for(model: nn.Module, steps: int) -> Recipe:
+    """How a network is trained: wide dense blocks want a lower rate."""
+    widest = max(module.in_features for module in model.modules() if isinstance(module, nn.Linear))
+    return Recipe(steps, lr=2e-3 if widest < WIDE else 1e-3)
 
 
 def _macs(model: nn.Module) -> int:
