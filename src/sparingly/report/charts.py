@@ -115,12 +115,15 @@ def lines(
     y_label: str,
     x_words: Callable[[float], str],
     y_words: Callable[[float], str],
+    x_log: bool = True,
     y_log: bool,
 ) -> str:
-    """`series` over a log x axis; y logarithmic or from 0 to 1. Labels stand at the end of each line."""
+    """`series` over an x axis that is logarithmic or begins at 0; y logarithmic or from 0 to 1. Labels stand at the end
+    of each line."""
     xs = [x for line in series for x, _ in line.points]
     ys = [y for line in series for _, y in line.points]
-    x_axis = log_axis(xs, LEFT, WIDTH - RIGHT, x_words)
+    left, right = LEFT, WIDTH - RIGHT
+    x_axis = log_axis(xs, left, right, x_words) if x_log else Axis(0.0, max(xs), left, right, False, x_words)
     bottom, top = HEIGHT - BOTTOM, TOP
     y_axis = log_axis(ys, bottom, top, y_words) if y_log else Axis(0.0, 1.0, bottom, top, False, y_words)
     parts = _frame(x_axis, y_axis, x_label, y_label)

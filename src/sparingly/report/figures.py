@@ -17,7 +17,7 @@ def quality_against_time(workload: Workload) -> str:
     """P@1 (or whatever the metric) against processor time per answer, one input at a time."""
     methods = [method for method in workload.methods if method.answer_cpu_s]
     marks = {
-        method.kind if method.kind != "incumbent" else method.name: charts.Mark(
+        method.kind if method.kind in ("selective", "exact") else method.name: charts.Mark(
             method.name, method.kind, method.answer_cpu_s or 0.0, method.quality.value, method.quality.bounds
         )
         for method in methods
@@ -152,11 +152,13 @@ def _noise(name: str, rows: list[Mapping[str, Any]]) -> str:
         description=f"at the greatest strength: {ends}",
         x_label=trained.NOISE.get(name, "strength"),
         y_label="accuracy",
-        x_words=lambda value: f"{value:g}",
+        x_words=lambda value: f"{value:.2g}",
         y_words=_share,
+        x_log=False,
         y_log=False,
     )
-    return _figure(name.capitalize(), "The same noisy pictures for every network.", svg)
+    what = "wrong labels" if name == "labels" else "noisy pictures"
+    return _figure(name.capitalize(), f"The same {what} for every network.", svg)
 
 
 CHARTS = (quality_against_time, quality_against_energy, cost_against_classes, training_curve, equal_quality)

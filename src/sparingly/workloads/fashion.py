@@ -96,7 +96,7 @@ class Mode:
     pairs: int
     moved: bool
     batch: int = 256
-    label_noise: tuple[float, ...] = field(default=(0.2, 0.4))
+    label_noise: tuple[float, ...] = field(default=(0.0, 0.2, 0.4))
 
 
 MODES = {
@@ -218,7 +218,8 @@ class Fashion:
 
     def trained(self, name: str, *, epochs: int | None = None, wrong: float = 0.0) -> nn.Module:
         """The network of that name, trained or as an earlier run left it; ``wrong``: share of labels that lie."""
-        key = _key(name, wrong)
+        epochs = epochs or self.mode.epochs
+        key = _key(name, epochs, wrong)
         if key in self.models:
             return self.models[key]
         torch.manual_seed(0)
@@ -230,7 +231,7 @@ class Fashion:
             images, labels = stream(step)
             return F.cross_entropy(model(images), labels, label_smoothing=0.1)
 
-        recipe = recipe_for(model, (epochs or self.mode.epochs) * stream.per_epoch)
+        recipe = recipe_for(model, epochs * stream.per_epoch)
         what = f"training, {name}" + (f", {wrong:.0%} of the labels wrong" if wrong else "")
         file = self.parts.folder / f"{key}.pt"
         fitted = fit(model, loss, recipe, tick=lambda part: self.say(what, part), file=file)
@@ -251,7 +252,7 @@ class Fashion:
         return {
             name: {
                 **share(found),
-                "training_cpu_s": self.spent[_key(name)],
+                "training_cpu_s": self.spent[_key(name, self.mode.epochs)],
                 "difference": difference(mine, found),
             }
             for name, found in rights.items()
@@ -381,9 +382,9 @@ def looking(ffn: Callable[[], nn.Module]) -> Looking:
     return Looking(enter, (LEVEL - MEAN) / SPREAD, nn.Sequential(*rest))
 
 
-def _key(name: str, wrong: float = 0.0) -> str:
-    """A network's file, by its name and the share of labels that lie."""
-    return f"{name}-{wrong}".replace(" ", "-").replace(",", "")
+def _key(name: str, epochs: int, wrong: float = 0.0) -> str:
+    """A network's file, by its name, its epochs and the share of labels that lie."""
+    return f"{name}-{epochs}-{wrong}".replace(" ", "-").replace(",", "")
 
 
 def recipe_for(model: nn.Module, steps: int) -> Recipe:
