@@ -70,11 +70,11 @@ def log_axis(values: Sequence[float], start: float, end: float, words: Callable[
 
 
 def share_axis(values: Sequence[float], words: Callable[[float], str]) -> Axis:
-    """A vertical axis for shares and other small figures: from 0 to 1 (or to the next whole number), or where all lie
-    close together the multiples of 0.05 around them."""
+    """A vertical axis for shares: 0 to 1. Where all lie close together, or are no shares: the multiples of 0.05 around
+    them."""
     low, high = math.floor(20 * min(values)) / 20, math.ceil(20 * max(values)) / 20
-    if high - low > 0.25:
-        low, high = 0.0, math.ceil(high)
+    if high - low > 0.25 and high <= 1:
+        low, high = 0.0, 1.0
     return Axis(low, max(high, low + 0.05), HEIGHT - BOTTOM, TOP, False, words)
 
 

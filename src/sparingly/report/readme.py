@@ -16,9 +16,7 @@ from sparingly.report.provenance import energy_rows, energy_value, machine_line,
 from sparingly.report.result import JOBS, RULERS, Report, Saving, Workload, load, number
 from sparingly.report.text import amount, percent_interval, seconds, times, times_interval
 
-RESULTS = tuple(
-    Path(f"benchmarks/results/{name}.json") for name in ("spell", "smollm", "minilm", "relu", "fashion", "lm", "census")
-)
+RESULTS = tuple(Path(f"benchmarks/results/{name}.json") for name in ("spell", "smollm", "minilm", "relu", "lm"))
 README = Path("README.md")
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 

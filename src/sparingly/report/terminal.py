@@ -75,8 +75,9 @@ def _quality(workload: Workload) -> Iterator[RenderableType]:
     table.add_column("per answer", justify="right", no_wrap=True)
     for method in workload.methods:
         style = _STYLES[method.kind]
+        bar = _bar(method) if workload.unit is None else ""
         cost = "" if method.answer_cpu_s is None else seconds(method.answer_cpu_s)
-        table.add_row(Text(method.name, style), amount(method.quality, workload.unit), Text(_bar(method), style), cost)
+        table.add_row(Text(method.name, style), amount(method.quality, workload.unit), Text(bar, style), cost)
     yield table
 
 

@@ -21,7 +21,11 @@ JOBS = {"batch_1": "one at a time", "best_batch": "best batches"}
 
 
 def comparisons(workload: Workload) -> Iterator[tuple[str, str]]:
-    """(denominator, sentence): dense networks of equal running cost and of equal quality."""
+    """(denominator, sentence): dense networks of equal training time, equal running cost and equal quality."""
+    spent = workload.raw.get("equal_training") or {}
+    gap = Interval.of(spent.get("difference"))
+    if gap is not None:
+        yield "equal training", f"{difference(gap, workload.unit)} against {spent.get('dense')}, the best dense one"
     equal = workload.raw.get("equal_cost") or {}
     gap = Interval.of(equal.get("difference"))
     if gap is not None:
@@ -34,6 +38,7 @@ def comparisons(workload: Workload) -> Iterator[tuple[str, str]]:
         )
     elif found.get("sweep"):
         yield "equal quality", f"none of {len(found['sweep'])} dense networks is as good as the selective one"
+    yield from _as_good(workload)
 
 
 def _as_good(workload: Workload) -> Iterator[tuple[str, str]]:
