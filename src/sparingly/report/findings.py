@@ -91,8 +91,10 @@ def losses(workload: Workload) -> list[str]:
     ]
     mine = workload.method("selective")
     for other in workload.methods:
-        paired = trained.differences(workload) and other.kind == "dense"
-        if mine is not None and other is not mine and not paired and _worse(workload, mine.quality, other.quality):
+        # Where differences are paired, those tell more than two intervals side by side.
+        paired = trained.differences(workload)
+        told = other.name in paired or (paired and other.kind == "dense")
+        if mine is not None and other is not mine and not told and _worse(workload, mine.quality, other.quality):
             found.append(f"{workload.metric} {_gap(workload, mine, other)} against {other.name}")
         if mine is not None and other.kind == "incumbent" and other.answer_cpu_s and mine.answer_cpu_s:
             ratio = mine.answer_cpu_s / other.answer_cpu_s

@@ -16,7 +16,9 @@ from sparingly.report.provenance import energy_rows, energy_value, machine_line,
 from sparingly.report.result import JOBS, RULERS, Report, Saving, Workload, load, number
 from sparingly.report.text import amount, percent_interval, seconds, times, times_interval
 
-RESULTS = tuple(Path(f"benchmarks/results/{name}.json") for name in ("spell", "smollm", "minilm", "relu", "lm"))
+RESULTS = tuple(
+    Path(f"benchmarks/results/{name}.json") for name in ("spell", "smollm", "minilm", "relu", "fashion", "lm", "census")
+)
 README = Path("README.md")
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
@@ -89,7 +91,7 @@ def trained(reports: Sequence[Report]) -> str:
     lines = []
     for report, workload in found[1:]:
         told = [f"{method.name} {amount(method.quality, workload.unit)}" for method in workload.methods]
-        unit = "" if workload.unit is None else f", {workload.unit}"
+        unit = "" if workload.unit is None or workload.unit in workload.metric else f", {workload.unit}"
         sentences = [f"{workload.metric}{unit}: {'; '.join(told)}", f"Dense cost ÷ selective cost: {_by_job(workload)}"]
         sentences += [f"{name.capitalize()}: {sentence}" for name, sentence in findings.comparisons(workload)]
         lost = findings.losses(workload)
