@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparingly.nn import SelectiveBag, compile_plan
-from sparingly.nn import _program_kernels as kernels
 from sparingly.nn._attention_kernels import attend
+from sparingly.nn._program_kernels import linear
+from sparingly.nn._program_kernels import run as run_program
 from sparingly.ops._numba import axpy, kernel
 from sparingly.ops._pages import request_huge_pages
 from sparingly.ops._views import matrix_at, vector_at
+from sparingly.workloads._onnx import session
 from sparingly.workloads._trained import Residual
 
 SYMBOLS, CONTEXT, HEAD = 256, 128, 32
@@ -235,22 +235,10 @@ class Onnx(Modules):
 
     def __init__(self, model: Decoder):
         super().__init__(model)
-        try:
-            import onnx  # noqa: F401
-            import onnxruntime
-        except ImportError as error:
-            raise ImportError('the dense engines need onnx and onnxruntime: pip install "sparingly[bench]"') from error
-        file, settings = io.BytesIO(), onnxruntime.SessionOptions()
         past = torch.zeros(model.shape.layers, 2, model.heads, 3, HEAD)
         given = torch.zeros(1, dtype=torch.int64), model.turn[:, :1], past
-        axes: Any = {"past": {3: "t"}, "now": {3: "u"}}
-        names: Any = {"input_names": ["byte", "turn", "past"], "output_names": ["scores", "now"], "dynamic_axes": axes}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # The newer exporter needs onnxscript.
-            torch.onnx.export(_Step(model), given, file, dynamo=False, **names)  # pyright: ignore[reportArgumentType]
-        settings.intra_op_num_threads = settings.inter_op_num_threads = 1
-        settings.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(file.getvalue(), settings, providers=["CPUExecutionProvider"])
+        axes = {"byte": {}, "turn": {}, "past": {3: "t"}, "scores": {}, "now": {3: "u"}}
+        self._session = session(_Step(model), given, axes, outputs=2)
 
     def _run(self, byte: Tensor, turn: Tensor, past: Any, ids: Tensor | None) -> tuple[Any, Any]:
         # What comes out goes in as it is.
@@ -305,7 +293,7 @@ def decode(plan, table, eps, bounds, work, byte, position):
     nothing = np.empty(0, np.float32)
     for layer in range(layers):
         first, middle, last = bounds[2 * layer], bounds[2 * layer + 1], bounds[2 * layer + 2]
-        kernels_run(table[first:middle], eps[first:middle], x, qkv, work)
+        run_program(table[first:middle], eps[first:middle], x, qkv, work)
         cache = plan[CACHE] + layer * 8 * width * CONTEXT
         places = (room + 8 * width, angles, angles + 4 * HEAD * CONTEXT, cache, room)
         attend(sizes, np.float32(HEAD**-0.5), places)
@@ -313,14 +301,11 @@ def decode(plan, table, eps, bounds, work, byte, position):
         for j in range(width):
             x[0, j] += moved[0, j]
         if last > middle:
-            kernels_run(table[middle:last], eps[middle:last], x, moved, work)
+            run_program(table[middle:last], eps[middle:last], x, moved, work)
             for j in range(width):
                 x[0, j] = moved[0, j]
     first, last = bounds[2 * layers], bounds[2 * layers + 1]
-    kernels_run(table[first:last], eps[first:last], x, matrix_at(plan[SCORES], 1, SYMBOLS, np.float32), work)
-
-
-kernels_run, linear = kernels.run, kernels.linear
+    run_program(table[first:last], eps[first:last], x, matrix_at(plan[SCORES], 1, SYMBOLS, np.float32), work)
 
 
 class Compiled(Engine):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,21 @@ Say = Callable[[str, float | None], None]
 def cache_folder() -> Path:
     """Where results and models are kept: ``$XDG_CACHE_HOME/sparingly``, by default ``~/.cache/sparingly``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparingly"
+
+
+def find_file(name: str, folders: Sequence[Path], install: str) -> Path:
+    """The file of that name in the first folder that has it. Raises FileNotFoundError with how to ``install`` it."""
+    found = next((place for one in folders if (place := one / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"no {name} in {' or '.join(map(str, folders))}: {install}")
+    return found
+
+
+def check_sha256(content: bytes, expected: str, found: Path, install: str) -> None:
+    """Raise ValueError unless ``content``, which comes from the file ``found``, has that SHA-256."""
+    got = hashlib.sha256(content).hexdigest()
+    if got != expected:
+        raise ValueError(f"{found} holds other data: SHA-256 {got[:16]}…, expected {expected[:16]}…. {install}")
 
 
 def source_mark() -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparingly.nn import CompiledPlan, SelectiveBag, compile_plan
-from sparingly.nn import _program_kernels as kernels
+from sparingly.nn._program_kernels import linear
 from sparingly.ops._numba import EIGHT, axpy, axpy_eight, eight, kernel, prefetch_row
 
 SIDE, PATCH, STRIDE = 28, 3, 2
@@ -72,9 +72,6 @@ class Looking(nn.Module):
         return self.rest(self.enter(x) + self.bank(x))
 
 
-kernels_linear = kernels.linear
-
-
 @kernel
 def _enter(pictures, level, weight, bias, rows, share, moved, out):
     """pictures [n, 784] -> out [n, width]: the linear layer and ``share`` times the rows that the patches name."""
@@ -82,7 +79,7 @@ def _enter(pictures, level, weight, bias, rows, share, moved, out):
     ids = np.empty(PLACES, np.int64)
     shares = (share, share, share, share, share, share, share, share)
     for one in range(pictures.shape[0]):
-        kernels_linear(pictures[one : one + 1], weight, bias, moved)
+        linear(pictures[one : one + 1], weight, bias, moved)
         for j in range(out.shape[1]):
             out[one, j] = moved[0, j]
         for place in range(PLACES):

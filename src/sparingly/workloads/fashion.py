@@ -36,6 +36,7 @@ How networks stand noise is in ``_robust.py``.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ from sparingly.workloads._fit import Recipe, fit
 from sparingly.workloads._parts import Say, document, parts_of
 from sparingly.workloads._patch_bank import CompiledLooking, Looking
 from sparingly.workloads._shares import difference, share
+from sparingly.workloads._threads import one_thread
 from sparingly.workloads._trained import (
     Residual,
     answers,
@@ -261,10 +263,7 @@ class Fashion:
     def training(self) -> dict[str, Any]:
         """What a training example costs; on copies, for timing changes them."""
         self.say("what a training example costs", None)
-        torch.manual_seed(0)
-        models = [self.makers[name]() for name in (self.same_capacity, "selective")]
-        for model, name in zip(models, (self.same_capacity, "selective"), strict=True):
-            model.load_state_dict(self.trained(name).state_dict())
+        models = [copy.deepcopy(self.trained(name)) for name in (self.same_capacity, "selective")]
         stream = Stream(self.pictures, min(ANSWERED, len(self.pictures.labels)))
         return training_cost(models[0], models[1], *stream(0), self.mode.pairs)
 
@@ -313,16 +312,9 @@ class Fashion:
             labels.append(_row(wrong, rights))
         return {"pictures": pictures, "labels": labels, "label_epochs": self.mode.noisy_epochs}
 
+    @one_thread()
     def run(self) -> dict[str, Any]:
         """Every part, and the whole as the JSON's entry of this workload."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return self._run()
-        finally:
-            torch.set_num_threads(before)
-
-    def _run(self) -> dict[str, Any]:
         part = self.parts.run
         found = part("quality", self.quality)
         costs = part("costs", self.costs)

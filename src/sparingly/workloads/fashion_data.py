@@ -7,7 +7,6 @@ arXiv:1708.07747, 2017. The results of other classifiers that it ships were repo
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparingly.workloads._parts import cache_folder
+from sparingly.workloads._parts import cache_folder, check_sha256, find_file
 
 PIXELS = 28 * 28
 PACKAGE = Path("/usr/share/datasets/fashion-mnist")
@@ -55,17 +54,13 @@ def _read(name: str, folder: str | os.PathLike[str] | None) -> Tensor:
         "apt-get install dataset-fashion-mnist, or put the four files of "
         f"https://github.com/zalandoresearch/fashion-mnist (data/fashion) into {own}"
     )
-    found = next((place for one in folders if (place := one / name).is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"no {name} in {' or '.join(map(str, folders))}: {install}")
+    found = find_file(name, folders, install)
     expected, header = _FILES[name]
     try:
         content = gzip.decompress(found.read_bytes())
     except (OSError, EOFError) as error:
         raise ValueError(f"{found} is damaged: {error}. {install}") from error
-    got = hashlib.sha256(content).hexdigest()
-    if got != expected:
-        raise ValueError(f"{found} holds other data: SHA-256 {got[:16]}…, expected {expected[:16]}…. {install}")
+    check_sha256(content, expected, found, install)
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy())
 
 

@@ -44,6 +44,7 @@ from sparingly.workloads._fit import Recipe, fit
 from sparingly.workloads._lm_model import CONTEXT, Compiled, Decoder, Engine, Modules, Onnx, Shape
 from sparingly.workloads._parts import Say, document, parts_of
 from sparingly.workloads._shares import difference
+from sparingly.workloads._threads import one_thread
 from sparingly.workloads._trained import Side, dense_ffn, fastest
 from sparingly.workloads.lm_data import Corpus, Counts
 
@@ -289,16 +290,9 @@ class Lm:
         dense, selective = (replace(one, examples=one.examples * CONTEXT) for one in best)
         return _trained.counted(_trained.saving(dense, selective, self.mode.pairs), dense, selective)
 
+    @one_thread()
     def run(self) -> dict[str, Any]:
         """Every part, and the whole as the JSON's entry of this workload."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return self._run()
-        finally:
-            torch.set_num_threads(before)
-
-    def _run(self) -> dict[str, Any]:
         part, dense, more = self.parts.run, self.mode.dense, self.mode.banks[1:]
         found = {name: part(name, partial(self.quality, name)) for name in self.names}
         counts, costs = part("counts", self.counts), part("decoding", self.decoding)

@@ -38,6 +38,7 @@ from sparingly.workloads import minilm_data as data
 from sparingly.workloads._encoders import Engine, Modules, Onnx, Slim
 from sparingly.workloads._parts import Say, cache_folder, document, parts_of
 from sparingly.workloads._shares import difference, share
+from sparingly.workloads._threads import one_thread
 
 TITLE = "all-MiniLM-L6-v2, converted without training"
 METRIC, MAX_DROP, CONFIDENCE = "MRR at 10", 0.01, 0.95
@@ -189,17 +190,13 @@ class MiniLM:
         self.say(f"what {what} costs", None)
         own = dense if own is None else own
         engines = self._dense_engines()
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with one_thread():
             tried = {name: _cheapest(engine, dense) for name, engine in engines.items()}
             best = engines[min(tried, key=tried.__getitem__)]
             times = paired(
                 _work(best, dense), _work(self.engine, own), pairs=self.mode.pairs, threads=1, min_sample_s=0.05
             )
             ledgers = [_ledger(Slim(model), batches) for model, batches in ((self.dense, dense), (self.selective, own))]
-        finally:
-            torch.set_num_threads(before)
         sentences = sum(len(ids) for batch in dense for ids in batch)
         saving = {
             "cpu_s": {"value": times.value, "lo": times.lo, "hi": times.hi},

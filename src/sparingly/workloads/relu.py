@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import time
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,8 +31,10 @@ from sparingly.explain import explain
 from sparingly.nn.selective import reset, selective_modules
 from sparingly.selectors import Zeros
 from sparingly.workloads import relu_data as data
+from sparingly.workloads._onnx import session
 from sparingly.workloads._parts import Say, document, parts_of
 from sparingly.workloads._shares import share
+from sparingly.workloads._threads import one_thread
 from sparingly.workloads.minilm import verdict
 
 TITLE = "EfficientNet-lite0, zeros after ReLU6 skipped"
@@ -91,28 +91,8 @@ class Onnx(Engine):
     name = "onnxruntime"
 
     def __init__(self, model: nn.Module):
-        try:
-            import onnx  # noqa: F401
-            import onnxruntime
-        except ImportError as error:
-            raise ImportError('the dense engines need onnx and onnxruntime: pip install "sparingly[bench]"') from error
-        file, options = io.BytesIO(), onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        axes = {"images": {0: "n"}, "scores": {0: "n"}}
-        given = torch.zeros(1, 3, data.SIDE, data.SIDE)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # The newer exporter needs onnxscript.
-            torch.onnx.export(
-                model,
-                (given,),
-                file,  # pyright: ignore[reportArgumentType] - documented, its annotation lacks it
-                dynamo=False,
-                input_names=["images"],
-                output_names=["scores"],
-                dynamic_axes=axes,
-            )
-        self._session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+        given = (torch.zeros(1, 3, data.SIDE, data.SIDE),)
+        self._session = session(model, given, {"images": {0: "n"}, "scores": {0: "n"}})
 
     def __call__(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self._session.run(None, {"images": images.numpy()})[0])
@@ -261,16 +241,9 @@ class Relu:
             "dense_tried": tried,
         }
 
+    @one_thread()
     def run(self) -> dict[str, Any]:
         """Every part, and the whole as the JSON's entry of this workload."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return self._run()
-        finally:
-            torch.set_num_threads(before)
-
-    def _run(self) -> dict[str, Any]:
         part = self.parts.run
         quality = part("quality", self.quality)
         layers = part("layers", self.layers)

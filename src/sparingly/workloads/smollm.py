@@ -35,6 +35,7 @@ from sparingly.workloads._engines import best_engine, dense_engines
 from sparingly.workloads._parts import Say, cache_folder, document, parts_of
 from sparingly.workloads._planned_decoder import PlannedDecoder
 from sparingly.workloads._shares import share
+from sparingly.workloads._threads import one_thread
 
 TITLE = "SmolLM2-135M, converted without training"
 CONFIDENCE = 0.95
@@ -388,10 +389,8 @@ def _in_turns(
     sides: tuple[Any, Any], begin: Callable[[Any], None], work: Callable[[Any], None], rounds: int
 ) -> np.ndarray:
     """Processor-seconds of ``work`` of each side, after ``begin``, on one thread: [2, rounds]. One round warms up."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     spent: list[list[float]] = [[], []]
-    try:
+    with one_thread():
         for turn in range(rounds + 1):
             for side, times in zip(sides, spent, strict=True):
                 begin(side)
@@ -399,8 +398,6 @@ def _in_turns(
                 work(side)
                 if turn:
                     times.append(time.process_time() - start)
-    finally:
-        torch.set_num_threads(before)
     return np.array(spent)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from sparingly.ops._numba import EIGHT, axpy_eight, dot_eight, eight, inlined, prefetch_row, to_f32
 from sparingly.ops._numba import kernel as compiled
-from sparingly.ops._views import matrix_at, vector_at
 from sparingly.ops.mlp_rows._activations import activate
+from sparingly.ops.mlp_rows._places import arrays
 
 SHARED = 2
 """From so many tokens for each block on. Below, going from token to token costs less: the tokens' vectors move more
@@ -43,15 +43,8 @@ def _run(token, place, act, hidden, up, bias, down, weights, scores, sums, units
 @compiled
 def part(start, stop, like, sizes, at):
     """As :func:`sparingly.ops.mlp_rows.cpu.part`, block by block."""
-    tokens, k, block, num_units, d_in, d_out, act = sizes
-    hidden, up, down = (
-        matrix_at(at[0], tokens, d_in, np.float32),
-        matrix_at(at[1], num_units, d_in, like.dtype),
-        matrix_at(at[3], num_units, d_out, like.dtype),
-    )
-    bias, ids = vector_at(at[2], num_units, like.dtype), matrix_at(at[4], tokens, k, np.int64)
-    weights = matrix_at(at[5], tokens if at[5] else 0, k, np.float32)
-    scores, sums = matrix_at(at[6], tokens, k * block, np.float32), matrix_at(at[7], tokens, d_out, np.float32)
+    _, k, block, num_units, _, d_out, act = sizes
+    hidden, up, bias, down, ids, weights, scores, sums = arrays(like, sizes, at)
     bounds = np.zeros(num_units // block + 1, np.int64)
     places = np.empty((stop - start) * k, np.int64)
     for token in range(start, stop):

@@ -12,11 +12,12 @@ from sparingly.ops._arrays import check_range, not_for_numba
 from sparingly.ops._numba import EIGHT, axpy, axpy_eight, dot, dot_eight, eight, prefetch_row, to_f32
 from sparingly.ops._numba import kernel as compiled
 from sparingly.ops._threads import run_chunks
-from sparingly.ops._views import CPU, LIKE, addresses, matrix_at, packed, vector_at
+from sparingly.ops._views import CPU, LIKE, addresses, packed
 from sparingly.ops.mlp_rows import _by_block
 from sparingly.ops.mlp_rows._activations import NUMBERS, activate
 from sparingly.ops.mlp_rows._arguments import Arguments
 from sparingly.ops.mlp_rows._count import record
+from sparingly.ops.mlp_rows._places import arrays
 
 
 @compiled
@@ -66,15 +67,8 @@ def run_token(token, act, block, hidden, up, bias, down, ids, weights, scores, s
 @compiled
 def part(start, stop, like, sizes, at):
     """Tokens start..stop of what lies at addresses, rows of the type of ``like``."""
-    tokens, k, block, num_units, d_in, d_out, act = sizes
-    hidden, up, down = (
-        matrix_at(at[0], tokens, d_in, np.float32),
-        matrix_at(at[1], num_units, d_in, like.dtype),
-        matrix_at(at[3], num_units, d_out, like.dtype),
-    )
-    bias, ids = vector_at(at[2], num_units, like.dtype), matrix_at(at[4], tokens, k, np.int64)
-    weights = matrix_at(at[5], tokens if at[5] else 0, k, np.float32)
-    scores, sums = matrix_at(at[6], tokens, k * block, np.float32), matrix_at(at[7], tokens, d_out, np.float32)
+    _, k, block, _, _, _, act = sizes
+    hidden, up, bias, down, ids, weights, scores, sums = arrays(like, sizes, at)
     units, values = np.empty(k * block, np.int64), np.empty(k * block, np.float32)
     for token in range(start, stop):
         run_token(token, act, block, hidden, up, bias, down, ids, weights, scores, sums, units, values)
