@@ -15,6 +15,7 @@ from sparingly.selection import Selection
 from sparingly.selectors import (
     Dense,
     Experts,
+    Ferns,
     Graph,
     InputThreshold,
     LowRank,
@@ -36,6 +37,7 @@ __all__ = [
     "Contract",
     "Dense",
     "Experts",
+    "Ferns",
     "Graph",
     "InputThreshold",
     "LowRank",

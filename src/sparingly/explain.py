@@ -11,9 +11,10 @@ from torch import nn
 
 from sparingly.contract import Contract
 from sparingly.convert import CONTRACT
+from sparingly.nn.bag import SelectiveBag
 from sparingly.nn.decoding import compiled_steps
 from sparingly.nn.ffn import SelectiveFFN
-from sparingly.nn.selective import needed, selective_modules
+from sparingly.nn.selective import Selective, needed
 from sparingly.ops import fallbacks, registered
 
 if TYPE_CHECKING:
@@ -54,12 +55,14 @@ class Layer:
 class Explanation:
     """Every selective layer, and the contract under which their settings were chosen; None before calibration.
 
-    ``decoding``: how a decoder of transformers took its last token; None for other models.
+    ``decoding``: how a decoder of transformers took its last token; None for other models. ``converted``: some layer
+    was made selective after training, so that its setting wants a contract.
     """
 
     layers: tuple[Layer, ...]
     contract: Contract | None
     decoding: str | None = None
+    converted: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -85,7 +88,7 @@ class Explanation:
         told = [self.decoding] if self.decoding else []
         if self.contract is not None:
             told.insert(0, str(self.contract))
-        elif any(layer.share_used is None for layer in self.layers):
+        elif self.converted:
             told.insert(0, "not calibrated: no contract")
         table.caption = "\n".join(told)
         return table
@@ -103,14 +106,15 @@ def explain(model: nn.Module) -> Explanation:
 
     Raises ValueError if there are none.
     """
-    trained = {name: module for name, module in model.named_modules() if isinstance(module, SelectiveFFN)}
-    layers = needed(selective_modules(model) | trained)
+    layers = needed(_selective(model))
     rows = []
     known = {(name, where): (available, reason) for name, where, available, reason in registered()}
     for (name, device), fallback in fallbacks().items():
         if known.get((name, device), (False, None))[0]:
             known[name, device] = (False, fallback.reason)
     for name, layer in layers.items():
+        selector = layer.selector
+        assert selector is not None
         tokens, units, dense, passed = layer.ran.tolist()
         share = layer.share_run()
         whole = layer.dense_bytes()
@@ -120,8 +124,8 @@ def explain(model: nn.Module) -> Explanation:
             Layer(
                 name=name,
                 kind=type(layer).__name__,
-                selector=type(layer.selector).__name__,
-                setting=layer.selector.setting,
+                selector=type(selector).__name__,
+                setting=selector.setting,
                 units=layer.num_units,
                 rows=layer.rows,
                 tokens=tokens + dense,
@@ -134,7 +138,15 @@ def explain(model: nn.Module) -> Explanation:
                 share_used=layer.share_used if isinstance(layer, SelectiveFFN) else None,
             )
         )
-    return Explanation(tuple(rows), getattr(model, CONTRACT, None), _decoding(model))
+    converted = any(isinstance(layer, Selective) for layer in layers.values())
+    return Explanation(tuple(rows), getattr(model, CONTRACT, None), _decoding(model), converted)
+
+
+def _selective(model: nn.Module) -> dict[str, Selective | SelectiveFFN | SelectiveBag]:
+    """Layers that have something to tell; a bag that is given its ids chooses nothing."""
+    kinds = (Selective, SelectiveFFN, SelectiveBag)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: layer for name, layer in layers.items() if layer.selector is not None}
 
 
 def _percent(share: float) -> str:

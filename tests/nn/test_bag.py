@@ -1,5 +1,7 @@
 """SelectiveBag against float64, with gradients of the rows used and no others."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -90,3 +92,84 @@ def test_no_tokens_and_no_places():
     assert torch.equal(out, torch.zeros(2, 4))
     out.sum().backward()
     assert bag.weight.grad._nnz() == 0  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def features(dropout: float = 0.0) -> Any:
+    torch.manual_seed(3)
+    selector = sp.Ferns((6, 5), 12, 3, window=3, margin=0.3, noise=2.0)
+    return sp.SelectiveBag(96, 7, selector=selector, groups=4, gain=3.0, std=0.5, dropout=dropout)
+
+
+def summed(bag: Any, x: torch.Tensor) -> torch.Tensor:
+    ids = bag.selector.select(x).ids.view(len(x) * 4, 3)
+    return (3.0 * exact(bag, ids)).view(len(x), 28)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_rows_that_features_name_are_summed_in_groups(tokens):
+    bag, x = features().eval(), torch.randn(tokens, 30)
+    expected = summed(bag, x)
+    with torch.no_grad():
+        # In one pass, without ids in between.
+        torch.testing.assert_close(bag(x).double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bag(x).double(), expected, rtol=1e-5, atol=1e-5)
+    bag.selector.setting = 4
+    ids = bag.selector.select(x).ids.view(tokens * 4, 1)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            found = bag(x).double()
+        torch.testing.assert_close(found, (3.0 * exact(bag, ids)).view(tokens, 28), rtol=1e-5, atol=1e-5)
+
+
+def test_what_runs_is_counted_and_explained():
+    bag, x = features().eval(), torch.randn(50, 30)
+    read = int((bag.selector.select(x).ids >= 0).sum())
+    counts = []
+    for grad in (True, False):
+        bag.ran.zero_()
+        with torch.set_grad_enabled(grad), sp.count() as ledger:
+            bag(x)
+        assert bag.ran.tolist() == [50, read, 0, read]
+        counts.append(ledger.macs)
+    assert counts == [read * 7] * 2
+    (layer,) = sp.explain(torch.nn.Sequential(bag)).layers
+    assert layer.share_run == pytest.approx(read / 50 / 96) and layer.selector == "Ferns"
+    assert "contract" not in str(sp.explain(torch.nn.Sequential(bag)))
+
+
+def test_dropout_leaves_rows_out_in_training_only():
+    torch.manual_seed(0)
+    bag, x = features(dropout=1.0), torch.randn(400, 30)
+    bag.selector.noise = 0.0
+    bag(x)
+    trained = int(bag.ran[1])
+    bag.eval()(x)
+    whole = int(bag.ran[1]) - trained
+    assert 0.4 * whole < trained < 0.6 * whole
+
+
+def test_training_touches_the_rows_that_were_named():
+    bag, x = features(), torch.randn(3, 30)
+    before, optimizer = bag.weight.detach().clone(), sp.optimizer(bag)
+    bag(x).square().sum().backward()
+    grad = bag.weight.grad
+    assert grad is not None and grad.is_sparse
+    optimizer.step()
+    changed = (bag.weight != before).any(dim=1).nonzero().flatten()
+    assert torch.equal(changed, grad._indices()[0]) and 0 < len(changed) < 96
+
+
+def test_bad_features_and_options():
+    bag = features()
+    with pytest.raises(ValueError, match=r"x must be finite.*token 1"):
+        bag(torch.tensor([[0.0] * 30, [float("nan")] * 30]))
+    with pytest.raises(TypeError, match="x must be floating"):
+        bag(torch.zeros(2, 30, dtype=torch.int64))
+    bag.selector.setting = 5
+    for mode in (bag.train(), bag.eval()):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"groups \(4\) must divide .* got 5"):
+            mode(torch.randn(2, 30))
+    with pytest.raises(ValueError, match=r"dropout must be in 0\.\.1, got 2"):
+        sp.SelectiveBag(8, 2, dropout=2)
+    with pytest.raises(ValueError, match="rows, got 90"):
+        sp.SelectiveBag(90, 7, selector=sp.Ferns((6, 5), 12, 3))

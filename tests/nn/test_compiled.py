@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparingly as sp
+from sparingly.nn import SelectiveLinear
+from sparingly.selectors import Zeros
 
 D, UNITS = 12, 144
 SELECTORS = {
@@ -174,4 +176,51 @@ def test_bad_input():
     x = torch.randn(3, 7)
     x[2, 1] = float("inf")
     with pytest.raises(ValueError, match="infinity or NaN for token 2"):
+        plan(x)
+
+
+class Entrance(nn.Module):
+    def __init__(self, d: int = 30):
+        super().__init__()
+        self.linear = nn.Linear(d, D)
+        self.bag = sp.SelectiveBag(96, 3, selector=sp.Ferns((6, 5), 12, 3, window=3), groups=4, gain=2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + self.bag(x)
+
+
+@pytest.mark.parametrize("setting", [12, 8])
+def test_a_bag_of_rows_that_ferns_name(setting):
+    torch.manual_seed(1)
+    model: Any = nn.Sequential(Entrance(), Block("Tree", 1, "gelu"), nn.Linear(D, 3)).eval()
+    model[0].bag.selector.setting = setting
+    plan, x = sp.compile_plan(model), torch.randn(60, 30).round()
+    assert close(plan(x), model(x).detach()) and close(plan(x[:1]), model(x[:1]).detach())
+    with torch.no_grad():
+        model[0].bag.weight.mul_(-1.0)
+    assert close(plan(x), model(x).detach())
+
+
+def test_a_first_layer_that_leaves_out_zeros():
+    torch.manual_seed(1)
+    model: Any = nn.Sequential(Entrance(), nn.ReLU(), nn.Linear(D, 3)).eval()
+    x = torch.randn(9, 30).relu()
+    expected = model(x).detach()
+    model[0].linear = SelectiveLinear.from_dense(model[0].linear, Zeros())
+    plan = sp.compile_plan(model)
+    assert close(plan(x), expected)
+    with sp.count() as ledger:
+        plan(x[:1])
+    kept = int((x[0] != 0).sum())
+    rows = int((model[0].bag.selector.select(x[:1]).ids >= 0).sum())
+    assert ledger.macs == kept * D + rows * 3 + 3 * D
+    model[0].linear = SelectiveLinear.from_dense(nn.Linear(30, D), sp.InputThreshold()).eval()
+    with pytest.raises(TypeError, match="must leave out zeros"):
+        sp.compile_plan(model)
+
+
+def test_a_row_that_is_not_finite_is_named():
+    plan, x = sp.compile_plan(network()), torch.randn(5, 7)
+    x[3, 2] = float("inf")
+    with pytest.raises(ValueError, match="x must be finite, got infinity or NaN for token 3"):
         plan(x)

@@ -51,7 +51,8 @@ def test_fallbacks_are_counted_with_their_reason(make):
 def test_registered_lists_every_operator():
     rows = registered()
     names = {"gather_dot", "gather_accumulate", "topk_rows", "scatter_outer", "row_adamw_"}
-    assert names | {"threshold_accumulate", "gated_rows", "mlp_rows", "product_topk"} == {row[0] for row in rows}
+    names |= {"threshold_accumulate", "gated_rows", "mlp_rows", "product_topk", "table_sums"}
+    assert names == {row[0] for row in rows}
     assert all(available and reason is None for _, device, available, reason in rows if device == "cpu")
     if not torch.cuda.is_available():
         assert all(not available and reason for _, device, available, reason in rows if device == "cuda")

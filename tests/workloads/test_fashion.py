@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from sparingly.nn import compile_plan
 from sparingly.report import html, result, terminal, trained
 from sparingly.workloads import _robust, _trained, fashion, fashion_data
-from sparingly.workloads._patch_bank import PATTERNS, PLACES, CompiledLooking, PatchBank
 from sparingly.workloads.fashion_data import Pictures
 
 pytest.importorskip("onnxruntime")
@@ -100,25 +100,15 @@ def test_wrong_labels_are_wrong_and_as_many_as_said():
         _robust.disturbed(torch.zeros(1, 784, dtype=torch.uint8), "rain", 1)
 
 
-def test_two_compiled_calls_answer_as_the_network_with_a_bank_does():
+def test_the_compiled_network_answers_as_the_selective_one_does():
     torch.manual_seed(0)
-    model = fashion.looking(lambda: fashion.selective_ffn(1024)).eval()
-    model.bank.bag.weight.data.mul_(100)
+    model = fashion.network(lambda: fashion.selective_ffn(1024), fashion.Entrance(fashion.fern_bag(16))).eval()
+    bag: Any = model.get_submodule("0.bag")
+    bag.weight.data.mul_(100)
     images = fashion.scaled(pictures(7, 0).images)
     with torch.no_grad():
         expected = model(images)
-        plain = model.rest(model.enter(images))
-    found = CompiledLooking(model)(images)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(plain, expected, atol=0.1)
-
-
-def test_a_patch_names_its_pattern_at_its_place():
-    bank = PatchBank(4, level=0.5)
-    picture = torch.zeros(1, 28, 28)
-    picture[0, 2, 5] = 1.0
-    ids = bank.ids(picture.view(1, -1))[0]
-    assert ids.shape == (PLACES,)
-    patterns = ids - torch.arange(PLACES) * PATTERNS
-    # The pixel of row 2, column 5 is in the patches that begin at rows 0 and 2, column 4: their bits 2 * 3 + 1 and 1.
-    assert {place: int(patterns[place]) for place in patterns.nonzero().flatten().tolist()} == {2: 128, 15: 2}
+        bag.weight.data.mul_(-1)
+        assert not torch.allclose(model(images), expected, atol=0.1)
+        bag.weight.data.mul_(-1)
+    torch.testing.assert_close(compile_plan(model)(images), expected, rtol=1e-4, atol=1e-4)

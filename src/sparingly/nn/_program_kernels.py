@@ -10,14 +10,16 @@ import math
 
 import numpy as np
 
+from sparingly.nn._fern_rows import one_token
 from sparingly.ops._numba import dot, dot_eight, kernel
 from sparingly.ops._views import matrix_at, vector_at
 from sparingly.ops.mlp_rows._activations import activate
 from sparingly.ops.mlp_rows.cpu import run_token
 from sparingly.ops.product_topk.cpu import best_places, best_sums, fill_keys, pairs_of
+from sparingly.ops.threshold_accumulate.cpu import add_rows, fill, find_kept
 from sparingly.selectors.tree import descend
 
-LINEAR, NORM, ACTIVATE, ADD, PRODUCT_KEY, EXPERTS, TREE = range(7)
+LINEAR, NORM, ACTIVATE, ADD, KEPT, FERNS, PRODUCT_KEY, EXPERTS, TREE = range(9)
 # The first columns of every instruction; what follows depends on what it does.
 DO, FROM, TO = range(3)
 COLUMNS = 20
@@ -36,6 +38,14 @@ def linear(x, rows, bias, out):
         out[0, j] = dot(rows, j, x, 0)
     for j in range(bias.size):
         out[0, j] += bias[j]
+
+
+@kernel
+def _kept(x, rows, bias, cut, out):
+    """:func:`linear` of the inputs that pass their cut; rows [d, n], an input's weights as its row."""
+    ids = np.empty(cut.size + 1, np.int64)
+    fill(out, bias)
+    add_rows(ids, 0, find_kept(x, 0, cut, ids), x, 0, rows, cut[:0], out, 0)
 
 
 @kernel
@@ -115,6 +125,17 @@ def _experts(x, at, ids, weights):
 
 
 @kernel
+def _ferns(x, at, gain, out):
+    """A bag of the rows that ferns name; ``at``: ferns, tests, ferns that are asked, groups, width of a row, addresses
+    of first, second, cut, blank and of the rows."""
+    ferns, tests, asked, groups, width = at[0], at[1], at[2], at[3], at[4]
+    first, second = matrix_at(at[5], tests, asked, np.uint32), matrix_at(at[6], tests, asked, np.uint32)
+    cut, blank = matrix_at(at[7], tests, asked, np.float32), vector_at(at[8], asked, np.int64)
+    rows = matrix_at(at[9], ferns << tests, width, np.float32)
+    one_token(x, first, second, cut, blank, rows, gain, out.reshape(groups, width))
+
+
+@kernel
 def _ffn(do, x, at, out):
     """A layer of selected units; ``at``: num_units, block, activation, width of a selection, addresses of up, bias and
     down, then what its selector needs."""
@@ -141,34 +162,65 @@ def _ffn(do, x, at, out):
 
 
 @kernel
-def run(table, eps, inputs, outputs, work):
-    """Each row of inputs [tokens, d] through the network to that of outputs [tokens, n]; work float32 [places].
+def walk(table, eps, work):
+    """All instructions, on a workspace whose begin holds the input; returns where the answer begins.
 
-    The input lies at the workspace's begin; the last instruction's result is the answer. eps [instructions].
+    work float32 [places], eps [instructions].
     """
-    d, n = inputs.shape[1], outputs.shape[1]
     base = work.ctypes.data
-    for token in range(inputs.shape[0]):
-        work[:d] = inputs[token]
-        for step in range(table.shape[0]):
-            at = table[step]
-            do, size, result = at[DO], at[3], at[4]
-            x = matrix_at(base + 4 * at[FROM], 1, size, np.float32)
-            out = matrix_at(base + 4 * at[TO], 1, result, np.float32)
-            if do == LINEAR:
-                bias = vector_at(at[6], result, np.float32)
-                linear(x, matrix_at(at[5], result, size, np.float32), bias, out)
-            elif do == NORM:
-                gain, shift = vector_at(at[5], size, np.float32), vector_at(at[6], size, np.float32)
-                _norm(x, gain, shift, eps[step], out)
-            elif do == ACTIVATE:
-                for j in range(size):
-                    out[0, j] = activate(at[5], x[0, j])
-            elif do == ADD:
-                other = matrix_at(base + 4 * at[5], 1, size, np.float32)
-                for j in range(size):
-                    out[0, j] = x[0, j] + other[0, j]
-            else:
-                _ffn(do, x, at[5:], out)
-        last = table[table.shape[0] - 1, TO]
-        outputs[token] = work[last : last + n]
+    for step in range(table.shape[0]):
+        at = table[step]
+        do, size, result = at[DO], at[3], at[4]
+        x = matrix_at(base + 4 * at[FROM], 1, size, np.float32)
+        out = matrix_at(base + 4 * at[TO], 1, result, np.float32)
+        if do == LINEAR:
+            bias = vector_at(at[6], result, np.float32)
+            linear(x, matrix_at(at[5], result, size, np.float32), bias, out)
+        elif do == NORM:
+            gain, shift = vector_at(at[5], size, np.float32), vector_at(at[6], size, np.float32)
+            _norm(x, gain, shift, eps[step], out)
+        elif do == ACTIVATE:
+            for j in range(size):
+                out[0, j] = activate(at[5], x[0, j])
+        elif do == ADD:
+            other = matrix_at(base + 4 * at[5], 1, size, np.float32)
+            for j in range(size):
+                out[0, j] = x[0, j] + other[0, j]
+        elif do == KEPT:
+            bias, cut = vector_at(at[6], result, np.float32), vector_at(at[7], size, np.float32)
+            _kept(x, matrix_at(at[5], size, result, np.float32), bias, cut, out)
+        elif do == FERNS:
+            _ferns(x, at[5:], eps[step], out)
+        else:
+            _ffn(do, x, at[5:], out)
+    return table[table.shape[0] - 1, TO]
+
+
+@kernel
+def run_one(table, eps, x, out, work):
+    """x [1, d] through the network to out [1, n]."""
+    work[: x.shape[1]] = x[0]
+    place = walk(table, eps, work)
+    out[0] = work[place : place + out.shape[1]]
+
+
+@kernel
+def run(table, eps, inputs, tokens, outputs, room):
+    """Each row of what lies at the address ``inputs``, float32 [tokens, d], through the network to that of outputs
+    [tokens, n]. False at the first row that is not finite.
+
+    The workspace has ``room`` places; eps [instructions].
+    """
+    d, work = table[0, 3], np.empty(room, np.float32)
+    given = matrix_at(inputs, tokens, d, np.float32)
+    for token in range(tokens):
+        wrong = np.float32(0.0)
+        for j in range(d):
+            work[j] = given[token, j]
+            wrong += given[token, j] * np.float32(0.0)
+        if wrong != np.float32(0.0):
+            return False
+        place = walk(table, eps, work)
+        for j in range(outputs.shape[1]):
+            outputs[token, j] = work[place + j]
+    return True

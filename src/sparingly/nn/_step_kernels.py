@@ -12,8 +12,7 @@ from sparingly.nn._attention_kernels import attend, rms_norm
 from sparingly.ops._numba import EIGHT, kernel
 from sparingly.ops._views import matrix_at, vector_at
 from sparingly.ops.gated_rows.cpu import _add as add_gated
-from sparingly.ops.threshold_accumulate.cpu import _add as add_rows
-from sparingly.ops.threshold_accumulate.cpu import count_ran, find_kept
+from sparingly.ops.threshold_accumulate.cpu import add_rows, count_ran, find_kept
 
 # Columns of a layer's addresses. A matrix with a threshold on its inputs has seven. Scales are those of int8 rows.
 WEIGHT, ROW_SCALE, OUT_SCALE, CUT, CENTRE, REST, RAN = range(7)

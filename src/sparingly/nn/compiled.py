@@ -12,11 +12,14 @@ from torch import Tensor, fx, nn
 
 from sparingly.energy import ledger
 from sparingly.nn import _program_kernels as kernels
+from sparingly.nn import _rows
+from sparingly.nn.bag import SelectiveBag
 from sparingly.nn.ffn import SelectiveFFN
+from sparingly.nn.linear import SelectiveLinear
 from sparingly.ops._arrays import check_finite
 from sparingly.ops._pages import request_huge_pages
 from sparingly.ops.mlp_rows._activations import NUMBERS
-from sparingly.selectors import Experts, ProductKey, Tree
+from sparingly.selectors import Experts, Ferns, ProductKey, Tree, Zeros
 
 Row = list[int]
 
@@ -24,8 +27,8 @@ _FUNCTIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"
 _MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
 _NOTHING = (nn.Identity, nn.Dropout, nn.Flatten)
 ALLOWED = (
-    "Linear, LayerNorm, SelectiveFFN with ProductKey, Experts or Tree, ReLU, GELU, SiLU, Dropout, Identity, Flatten, "
-    "and sums of two results"
+    "Linear, SelectiveLinear with Zeros, LayerNorm, SelectiveFFN with ProductKey, Experts or Tree, SelectiveBag with "
+    "Ferns, ReLU, GELU, SiLU, Dropout, Identity, Flatten, and sums of two results"
 )
 
 
@@ -37,8 +40,8 @@ def compile_plan(model: nn.Module) -> CompiledPlan:
 
     Args:
         model: float32 on the CPU, from one tensor [tokens, d] to another, made of Linear, LayerNorm over the last
-            dimension, :class:`SelectiveFFN`, activations, and residual sums; ``forward`` must be one straight line,
-            as ``torch.fx`` traces it.
+            dimension, :class:`SelectiveFFN`, :class:`SelectiveBag`, :class:`SelectiveLinear` that leaves out zeros,
+            activations, and residual sums; ``forward`` must be one straight line, as ``torch.fx`` traces it.
 
     Raises TypeError or ValueError, naming the part and saying what is allowed, for any other model.
     """
@@ -73,10 +76,11 @@ class CompiledPlan:
         if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != self.in_features or not x.is_cpu:
             got = f"{list(x.shape)}, {x.dtype}, {x.device}"
             raise ValueError(f"x must be float32 [tokens, {self.in_features}] on the CPU, got {got}")
-        x = x.detach().contiguous()
-        check_finite("x", x)
-        out = np.empty((x.shape[0], self.out_features), np.float32)
-        kernels.run(self._table, self._epsilons, x.numpy(), out, np.empty(self._room, np.float32))
+        x = x.contiguous()
+        tokens = x.shape[0]
+        out = np.empty((tokens, self.out_features), np.float32)
+        if not kernels.run(self._table, self._epsilons, x.data_ptr(), tokens, out, self._room):
+            check_finite("x", x)
         return torch.from_numpy(out)
 
 
@@ -165,6 +169,11 @@ class _Program:
         if isinstance(module, SelectiveFFN):
             do, rest = self._ffn(str(node.target), module)
             self._step(do, node, source, module.d_model, rest)
+        elif isinstance(module, SelectiveBag):
+            rest, size = self._bag(str(node.target), module), module.groups * module.dim
+            self._step(kernels.FERNS, node, source, size, rest, module.gain)
+        elif isinstance(module, SelectiveLinear):
+            self._step(kernels.KEPT, node, source, module.out_features, self._kept(str(node.target), module))
         elif type(module) is nn.Linear:
             weights = [self._at(module.weight), self._at(module.bias)]
             self._step(kernels.LINEAR, node, source, module.out_features, weights)
@@ -197,13 +206,30 @@ class _Program:
         layer = [module.num_units, module.block, NUMBERS[module.activation], width]
         return do, [*layer, *(self._at(one) for one in (module.up, module.bias, module.down)), *choice]
 
-    def _at(self, tensor: Tensor | None) -> int:
+    def _kept(self, name: str, module: SelectiveLinear) -> Row:
+        selector = module.selector
+        if not isinstance(selector, Zeros) or module.off or module.rows is not None:
+            raise TypeError(f"{name} must leave out zeros (the selector Zeros), from its weights as they are")
+        return [self._at(_rows.by_input(module)), self._at(module.bias), self._at(selector.cut)]
+
+    def _bag(self, name: str, module: SelectiveBag) -> Row:
+        selector = module.selector
+        if not isinstance(selector, Ferns):
+            got = type(selector).__name__
+            raise TypeError(f"{name} must select by Ferns to be compiled, got {got}")
+        asked = selector.setting
+        if asked % module.groups:
+            raise ValueError(f"{name}: groups ({module.groups}) must divide the ferns that are asked, got {asked}")
+        tests = (self._at(one, one.dtype) for one in selector.asked())
+        return [selector.ferns, selector.tests, asked, module.groups, module.dim, *tests, self._at(module.weight)]
+
+    def _at(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
         """The address of a parameter, which lives as long as the plan does; 0 for None."""
         if tensor is None:
             return 0
         value = tensor.detach()
-        if value.dtype != torch.float32 or not value.is_cpu or not value.is_contiguous():
-            raise TypeError(f"parameters must be float32, contiguous, on the CPU, got {value.dtype} on {value.device}")
+        if value.dtype != dtype or not value.is_cpu or not value.is_contiguous():
+            raise TypeError(f"parameters must be {dtype}, contiguous, on the CPU, got {value.dtype} on {value.device}")
         request_huge_pages(value)
         self.keep.append(value)
         return value.data_ptr()
@@ -215,6 +241,8 @@ def _width(module: nn.Module) -> int | None:
         return module.in_features
     if isinstance(module, SelectiveFFN):
         return module.d_model
+    if isinstance(module, SelectiveBag):
+        return getattr(module.selector, "in_features", None)
     return module.normalized_shape[-1] if isinstance(module, nn.LayerNorm) else None
 
 
@@ -230,4 +258,5 @@ def _plain(options: dict[str, Any]) -> bool:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, SelectiveFFN) or super().is_leaf_module(m, module_qualified_name)
+        own = isinstance(m, (SelectiveFFN, SelectiveBag, SelectiveLinear))
+        return own or super().is_leaf_module(m, module_qualified_name)

@@ -8,6 +8,7 @@ from sparingly.ops.mlp_rows import mlp_rows
 from sparingly.ops.product_topk import product_topk
 from sparingly.ops.row_adamw import row_adamw_
 from sparingly.ops.scatter_outer import scatter_outer
+from sparingly.ops.table_sums import table_sums
 from sparingly.ops.threshold_accumulate import threshold_accumulate
 from sparingly.ops.topk_rows import topk_rows
 
@@ -24,6 +25,7 @@ __all__ = [
     "registered",
     "row_adamw_",
     "scatter_outer",
+    "table_sums",
     "threshold_accumulate",
     "topk_rows",
 ]

@@ -99,9 +99,12 @@ def noise(workload: Workload) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def sides(row: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(key, label, kind) of each network in a row of noise, the dense one of the same capacity last."""
-    dense = sorted((key for key in row if key.startswith("dense")), key=lambda key: int(key.split()[1]))
-    kinds = ["exact", "dense"] if len(dense) > 1 else ["dense"]
+    """(key, label, kind) of each network in a row of noise, the dense one of the same capacity last.
+
+    "dense N" is one of N units, "dense N with noise" has seen noise in training too.
+    """
+    dense = sorted((key for key in row if key.startswith("dense")), key=lambda key: (int(key.split()[1]), key))
+    kinds = ["incumbent" if "noise" in key else "exact" for key in dense[:-1]] + ["dense"]
     return [("selective", "selective", "selective")] + [
         (key, key, kind) for key, kind in zip(dense, kinds, strict=True)
     ]

@@ -3,6 +3,7 @@
 from sparingly.selectors.base import Selector
 from sparingly.selectors.controls import Dense, Oracle, Random
 from sparingly.selectors.experts import Experts
+from sparingly.selectors.ferns import Ferns
 from sparingly.selectors.graph import Graph
 from sparingly.selectors.lowrank import LowRank
 from sparingly.selectors.partition import Partition
@@ -15,6 +16,7 @@ __all__ = [
     "SELECTORS",
     "Dense",
     "Experts",
+    "Ferns",
     "Graph",
     "InputThreshold",
     "LowRank",
@@ -37,6 +39,7 @@ SELECTORS: dict[str, type[Selector]] = {
         *(Graph, Partition, Screen),
         *(Threshold, InputThreshold, Zeros, LowRank),
         *(ProductKey, Experts, Tree),
+        Ferns,
     )
 }
 """Class name -> class. A selector of your own that is to be saved and loaded is one more row."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparingly.nn import SelectiveBag, compile_plan
 from sparingly.nn._attention_kernels import attend
 from sparingly.nn._program_kernels import linear
-from sparingly.nn._program_kernels import run as run_program
+from sparingly.nn._program_kernels import run_one as run_program
 from sparingly.ops._numba import axpy, kernel
 from sparingly.ops._pages import request_huge_pages
 from sparingly.ops._views import matrix_at, vector_at
@@ -75,9 +75,7 @@ class NgramBank(nn.Module):
     def __init__(self, width: int, orders: tuple[int, ...], bits: int):
         super().__init__()
         self.orders, self.bits = np.array(orders, np.int64), bits
-        self.bag = SelectiveBag(len(orders) << bits, width)
-        with torch.no_grad():
-            self.bag.weight.mul_(1e-3 * width**0.5)
+        self.bag = SelectiveBag(len(orders) << bits, width, gain=float(BANK_GAIN), std=1e-3)
 
     def names(self, text: Tensor, first: int = 0) -> Tensor:
         """text uint8 [n, T] -> ids int64 [n * (T - first), orders]; see :func:`name_rows`."""
@@ -87,7 +85,7 @@ class NgramBank(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [tokens, orders] -> [tokens, width]."""
-        return float(BANK_GAIN) * self.bag(ids)
+        return self.bag(ids)
 
 
 class Attention(nn.Module):

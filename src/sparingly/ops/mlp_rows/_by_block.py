@@ -6,7 +6,7 @@ import numpy as np
 
 from sparingly.ops._numba import EIGHT, axpy_eight, dot_eight, eight, inlined, prefetch_row, to_f32
 from sparingly.ops._numba import kernel as compiled
-from sparingly.ops.mlp_rows._activations import activate
+from sparingly.ops.mlp_rows._activations import activate_all
 from sparingly.ops.mlp_rows._places import arrays
 
 SHARED = 2
@@ -36,7 +36,10 @@ def _run(token, place, act, hidden, up, bias, down, weights, scores, sums, units
             if bias.size:
                 score += to_f32(bias[units[one]])
             scores[token, place * units.size + one] = score
-            values[one] = activate(act, score) * weight
+            values[one] = score
+        activate_all(act, values, at, at + EIGHT)
+        for one in range(at, at + EIGHT):
+            values[one] *= weight
         axpy_eight(eight(values, at, 1), eight(units, at, 1), down, sums, token)
 
 

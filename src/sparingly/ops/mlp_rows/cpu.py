@@ -14,7 +14,7 @@ from sparingly.ops._numba import kernel as compiled
 from sparingly.ops._threads import run_chunks
 from sparingly.ops._views import CPU, LIKE, addresses, packed
 from sparingly.ops.mlp_rows import _by_block
-from sparingly.ops.mlp_rows._activations import NUMBERS, activate
+from sparingly.ops.mlp_rows._activations import NUMBERS, activate_all
 from sparingly.ops.mlp_rows._arguments import Arguments
 from sparingly.ops.mlp_rows._count import record
 from sparingly.ops.mlp_rows._places import arrays
@@ -50,14 +50,19 @@ def run_token(token, act, block, hidden, up, bias, down, ids, weights, scores, s
     for place in range(ids.shape[1]):
         if ids[token, place] < 0:
             continue
-        weight = weights[token, place] if weights.size else np.float32(1.0)
         for r in range(block):
-            score = values[at]
             if bias.size:
-                score += to_f32(bias[units[at]])
-            scores[token, place * block + r] = score
-            values[at] = activate(act, score) * weight
+                values[at] += to_f32(bias[units[at]])
+            scores[token, place * block + r] = values[at]
             at += 1
+    activate_all(act, values, 0, count)
+    if weights.size:
+        at = 0
+        for place in range(ids.shape[1]):
+            if ids[token, place] >= 0:
+                for _ in range(block):
+                    values[at] *= weights[token, place]
+                    at += 1
     for at in range(0, whole, EIGHT):
         axpy_eight(eight(values, at, 1), eight(units, at, 1), down, sums, token)
     for at in range(whole, count):

@@ -57,7 +57,7 @@ def _weight(x, token, scale, row):
 
 
 @inlined
-def _add(ids, start, stop, x, token, rows, scale, sums, target):
+def add_rows(ids, start, stop, x, token, rows, scale, sums, target):
     """``sums[target] +=`` the rows ``ids[start..stop]``, weighted by ``x[token]``."""
     rounds = (stop - start) // EIGHT
     for place in range(start, start + rounds):
@@ -90,9 +90,9 @@ def _sums(first, last, x, cut, rows, scale, sums, partial, chunk):
         kept = find_kept(x, token, cut, ids)
         start, stop = max(first - before, 0), min(last - before, kept)
         if start == 0 and stop > 0:
-            _add(ids, start, stop, x, token, rows, scale, sums, token)
+            add_rows(ids, start, stop, x, token, rows, scale, sums, token)
         elif start < stop:
-            _add(ids, start, stop, x, token, rows, scale, partial, chunk)
+            add_rows(ids, start, stop, x, token, rows, scale, partial, chunk)
         before += kept
         if before >= last:
             break
