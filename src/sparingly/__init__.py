@@ -8,7 +8,7 @@ from sparingly.distributed import average_gradients
 from sparingly.energy import count, measure
 from sparingly.explain import explain
 from sparingly.metrics import accuracy, agreement, perplexity
-from sparingly.nn import Plan, SelectiveBag, SelectiveFFN, SelectiveHead, compile_plan
+from sparingly.nn import Cascade, Plan, SelectiveBag, SelectiveFFN, SelectiveHead, compile_plan
 from sparingly.optim import optimizer
 from sparingly.recover import recover
 from sparingly.selection import Selection
@@ -34,6 +34,7 @@ from sparingly.store import load, save
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cascade",
     "Contract",
     "Dense",
     "Experts",

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparingly._calibrate_cascade import calibrate_cascade
 from sparingly._data import batches, call, data_hash, inputs, to_device
 from sparingly.contract import Contract
 from sparingly.convert import CONTRACT
 from sparingly.energy.machine import versions
 from sparingly.guard import Promise, Walk, walk
 from sparingly.metrics import Metric, as_metric, observe
+from sparingly.nn.cascade import Cascade
 from sparingly.nn.sample import Option, gather
 from sparingly.nn.selective import Selective, dense_answers, needed_layers, reset
 
@@ -99,8 +101,10 @@ def calibrate(
     not read. The rest tests them, from dense to sparse, until one fails (:mod:`sparingly.guard`). The last that passed
     stays; if none did, every unit runs, and the contract says so.
 
+    A :class:`sparingly.Cascade` gets thresholds in the same way, held against its last stage.
+
     Args:
-        model: after :func:`sparingly.convert_`.
+        model: after :func:`sparingly.convert_`, or a cascade.
         calibration: examples like those to come, not used in training: a tensor (token ids int64 [n, T] for
             perplexity), a tuple or mapping of tensors with one length, or batches.
         metric: ``sparingly.perplexity``, ``accuracy`` or ``agreement``, or your own (model, batch) -> losses [n] in
@@ -118,8 +122,12 @@ def calibrate(
         TypeError: data or metric of another type.
     Selectors are as they were, whatever is raised.
     """
-    layers = needed_layers(model)
     measured = as_metric(metric)
+    if isinstance(model, Cascade):
+        if against is not None:
+            raise ValueError("a cascade is held against its last stage: leave out against")
+        return calibrate_cascade(model, calibration, measured, max_drop, confidence, progress or _silent)
+    layers = needed_layers(model)
     promise = measured.promise(max_drop, confidence)
     examples = batches(calibration, size=4)
     fit_on, test_on = _split(examples)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 
 from sparingly.contract import Contract
 from sparingly.convert import CONTRACT
 from sparingly.nn.bag import SelectiveBag
+from sparingly.nn.cascade import NEVER, Cascade
 from sparingly.nn.decoding import compiled_steps
 from sparingly.nn.ffn import SelectiveFFN
 from sparingly.nn.selective import Selective, needed
@@ -19,6 +20,10 @@ from sparingly.ops import fallbacks, registered
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+EXAMPLES = 3
+"""So many inputs are named that left at a stage."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +99,84 @@ class Explanation:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=160, record=True, file=io.StringIO(), color_system=None)
-        console.print(self)
-        return console.export_text()
+        return _printed(self)
 
 
-def explain(model: nn.Module) -> Explanation:
-    """What the selective layers of ``model`` have done since they were made, calibrated or reset.
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a cascade: its ``threshold`` (None: nothing leaves there before the last), how many inputs ``left``
+    there and which ``share`` of all that is, 0..1, the first few of the last call that did (``examples``), and for how
+    many it ``failed``, with the last reason."""
+
+    name: str
+    threshold: float | None
+    left: int
+    share: float
+    examples: tuple[int, ...]
+    failed: int
+    why_failed: str | None
+
+
+@dataclass(frozen=True)
+class Exits:
+    """What has left a cascade where, and the contract that its thresholds keep; None before calibration."""
+
+    stages: tuple[Stage, ...]
+    contract: Contract | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        contract = None if self.contract is None else self.contract.as_dict()
+        return {"contract": contract, "stages": [asdict(stage) for stage in self.stages]}
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table("stage", "leaves from", "left", "share", "such as inputs", "failed", show_edge=False)
+        for place, stage in enumerate(self.stages):
+            last = place == len(self.stages) - 1
+            at = "all" if last else "never" if stage.threshold is None else f"{stage.threshold:.4g}"
+            failed = f"{stage.failed:,}: {stage.why_failed}" if stage.failed else ""
+            some = ", ".join(map(str, stage.examples))
+            table.add_row(stage.name, at, f"{stage.left:,}", _percent(stage.share), some, failed)
+        table.caption = "not calibrated: no contract" if self.contract is None else str(self.contract)
+        return table
+
+    def __str__(self) -> str:
+        return _printed(self)
+
+
+def _exits(cascade: Cascade) -> Exits:
+    thresholds: list[float | None] = [None if value == NEVER else value for value in cascade.thresholds.tolist()]
+    stages = []
+    for place, stage in enumerate(cascade.stages):
+        examples = (cascade.exits == place).nonzero().flatten()[:EXAMPLES].tolist()
+        stages.append(
+            Stage(
+                name=getattr(stage, "__name__", type(stage).__name__),
+                threshold=None if place == len(thresholds) else thresholds[place],
+                left=int(cascade.left[place]),
+                share=cascade.share_left()[place],
+                examples=tuple(examples),
+                failed=int(cascade.failed[place]),
+                why_failed=cascade.why_failed.get(place),
+            )
+        )
+    return Exits(tuple(stages), getattr(cascade, CONTRACT, None))
+
+
+@overload
+def explain(model: Cascade) -> Exits: ...  # pyright: ignore[reportOverlappingOverload]
+@overload
+def explain(model: nn.Module) -> Explanation: ...
+def explain(model: nn.Module) -> Explanation | Exits:
+    """What the selective layers of ``model`` have done since they were made, calibrated or reset; of a cascade, what
+    has left where.
 
     Raises ValueError if there are none.
     """
+    if isinstance(model, Cascade):
+        return _exits(model)
     layers = needed(_selective(model))
     rows = []
     known = {(name, where): (available, reason) for name, where, available, reason in registered()}
@@ -147,6 +218,14 @@ def _selective(model: nn.Module) -> dict[str, Selective | SelectiveFFN | Selecti
     kinds = (Selective, SelectiveFFN, SelectiveBag)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     return {name: layer for name, layer in layers.items() if layer.selector is not None}
+
+
+def _printed(table: Any) -> str:
+    from rich.console import Console
+
+    console = Console(width=160, record=True, file=io.StringIO(), color_system=None)
+    console.print(table)
+    return console.export_text()
 
 
 def _percent(share: float) -> str:

@@ -1,6 +1,7 @@
 """Modules that own banks."""
 
 from sparingly.nn.bag import SelectiveBag
+from sparingly.nn.cascade import Cascade
 from sparingly.nn.compiled import CompiledPlan, compile_plan
 from sparingly.nn.conv import SelectiveConv
 from sparingly.nn.ffn import SelectiveFFN
@@ -13,6 +14,7 @@ from sparingly.nn.selective import Selective
 from sparingly.nn.tune import Tried, TuneReport
 
 __all__ = [
+    "Cascade",
     "CompiledPlan",
     "Plan",
     "ScreenHead",

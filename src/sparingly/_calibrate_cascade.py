@@ -1,0 +1,174 @@
+"""The thresholds of a cascade under an accuracy contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparingly._data import batches, data_hash, inputs
+from sparingly.contract import Contract
+from sparingly.convert import CONTRACT
+from sparingly.energy.machine import versions
+from sparingly.guard import walk
+from sparingly.metrics import Metric, observe
+from sparingly.nn._modes import evaluating
+from sparingly.nn.cascade import MEASURES, NEVER, Cascade, answered, checked, length
+
+FIT_SHARE = 4
+"""Every so manieth example makes the path; the others test it."""
+
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
+"""Mean drops of the path's points on the examples that make it, in shares of the one that is allowed."""
+
+Say = Callable[[str, float | None], None]
+
+
+class _Given(nn.Module):
+    """A model that answers what it holds."""
+
+    def __init__(self, probabilities: Tensor):
+        super().__init__()
+        self._probabilities = probabilities
+
+    def forward(self, x: Any) -> Tensor:
+        return self._probabilities
+
+
+def calibrate_cascade(
+    cascade: Cascade, calibration: Any, metric: Metric, max_drop: float, confidence: float, say: Say
+) -> Contract:
+    """See :func:`sparingly.calibrate`. Every stage answers every example once; what raises then is passed on."""
+    if metric.relative:
+        raise ValueError(
+            f"a cascade decides among classes: take accuracy, agreement or a metric of yours, not {metric.name}"
+        )
+    promise = metric.promise(max_drop, confidence)
+    data = batches(calibration, size=256)
+    answers = _answers(cascade, data, say)
+    count = len(answers[0])
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    fit_on, test_on = order[: count // FIT_SHARE], order[count // FIT_SHARE :]
+    promise.check(len(test_on), metric.answers)
+    losses = [_losses(metric, stage, data) for stage in answers]
+    dense = losses[-1]
+    sure = [MEASURES[cascade.measure](stage).double().cpu() for stage in answers[:-1]]
+
+    def drops(settings: dict[str, float], among: Tensor) -> Tensor:
+        exits = left_at(list(settings.values()), sure)
+        chosen = torch.stack(losses).gather(0, exits.unsqueeze(0)).squeeze(0)
+        return metric.drops(dense[among], chosen[among])
+
+    path = _path(sure, losses, metric, dense, fit_on, promise.limit)
+    found = walk(path, lambda settings: drops(settings, test_on), promise)
+    kept = [NEVER] * len(sure) if found.chosen is None else list(path[found.chosen].values())
+    last = torch.stack(losses).gather(0, left_at(kept, sure).unsqueeze(0)).squeeze(0)
+    contract = Contract.of(
+        found,
+        promise,
+        [{name: _told(value) for name, value in one.items()} for one in path],
+        metric=metric.name,
+        data_hash=data_hash(data),
+        dense_quality=metric.quality(dense[test_on], dense[test_on]),
+        selective_quality=metric.quality(dense[test_on], last[test_on]),
+        versions={name: version for name, version in versions().items() if version},
+    )
+    cascade.thresholds.copy_(torch.tensor(kept, dtype=torch.float64))
+    cascade.reset_counts()
+    setattr(cascade, CONTRACT, contract)
+    return contract
+
+
+def left_at(thresholds: Sequence[float], sure: Sequence[Tensor]) -> Tensor:
+    """At which stage each example leaves, int64 [n]; sure: how sure each stage but the last is, float64 [n] each."""
+    exits = torch.full((len(sure[0]),), len(sure), dtype=torch.int64)
+    for place in reversed(range(len(sure))):
+        exits[sure[place] >= thresholds[place]] = place
+    return exits
+
+
+def _told(threshold: float) -> float | None:
+    """As JSON holds it."""
+    return None if threshold == NEVER else threshold
+
+
+def _answers(cascade: Cascade, data: list[Any], say: Say) -> list[Tensor]:
+    """Every stage's probabilities of all examples, float32 [n, classes] each."""
+    found: list[Tensor] = []
+    with evaluating(cascade), torch.no_grad():
+        for place, stage in enumerate(cascade.stages):
+            parts = []
+            for done, batch in enumerate(data):
+                say(f"asking stage {place + 1} of {len(cascade.stages)}", done / len(data))
+                given = inputs(batch)
+                parts.append(checked(answered(stage, given), length(given), place).cpu())
+            found.append(torch.cat(parts))
+    classes = sorted({stage.shape[1] for stage in found})
+    if len(classes) > 1:
+        raise ValueError(f"stages must agree on the classes, got {[stage.shape[1] for stage in found]}")
+    return found
+
+
+def _losses(metric: Metric, answers: Tensor, data: list[Any]) -> Tensor:
+    """What the metric observes of a stage by itself."""
+    sizes = [length(inputs(batch)) for batch in data]
+    parts = zip(answers.split(sizes), data, strict=True)
+    return torch.cat([observe(metric, _Given(part), [batch]) for part, batch in parts])
+
+
+def _path(
+    sure: list[Tensor], losses: list[Tensor], metric: Metric, dense: Tensor, fit_on: Tensor, limit: float
+) -> list[dict[str, float]]:
+    """Thresholds from dense to sparse: every stage lets go at the same expected drop of an input that leaves.
+
+    What an input is expected to lose falls with how sure its stage is (isotonic regression). Points are where the mean
+    drop over the fitting examples comes to the shares in SHARES of the limit.
+    """
+    expected = []
+    for place, how in enumerate(sure):
+        lost = metric.drops(dense[fit_on], losses[place][fit_on]).double().numpy()
+        expected.append(falling(how[fit_on].numpy(), lost))
+    prices = np.unique(np.concatenate([levels for _, levels in expected]))
+    names = [f"stage {place}" for place in range(len(sure))]
+    path: list[dict[str, float]] = []
+    best: dict[float, dict[str, float]] = {}
+    for price in prices:
+        thresholds = [float(at[levels <= price].min(initial=NEVER)) for at, levels in expected]
+        exits = left_at(thresholds, sure)[fit_on]
+        chosen = torch.stack([loss[fit_on] for loss in losses]).gather(0, exits.unsqueeze(0)).squeeze(0)
+        mean = float(metric.drops(dense[fit_on], chosen).double().mean())
+        for share in SHARES:
+            if mean <= share * limit:
+                best[share] = dict(zip(names, thresholds, strict=True))
+    for share in SHARES:
+        if share in best and best[share] not in path:
+            path.append(best[share])
+    return path or [dict.fromkeys(names, NEVER)]
+
+
+def falling(sure: np.ndarray, lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Isotonic regression: expected loss, falling with how sure -> (least surety of a level, its loss), surest first.
+
+    sure and lost float64 [n]. Pool adjacent violators: Ayer, Brunk, Ewing, Reid, Silverman, Annals of Mathematical
+    Statistics, 1955.
+    """
+    order = np.argsort(-sure, kind="stable")
+    at, sums, counts = [], [], []
+    for how, loss in zip(sure[order].tolist(), lost[order].tolist(), strict=True):
+        if at and at[-1] == how:
+            # Equally sure: one level.
+            sums[-1] += loss
+            counts[-1] += 1
+        else:
+            at.append(how)
+            sums.append(loss)
+            counts.append(1)
+        while len(at) > 1 and sums[-1] * counts[-2] <= sums[-2] * counts[-1]:
+            last = at.pop(), sums.pop(), counts.pop()
+            at[-1] = last[0]
+            sums[-1] += last[1]
+            counts[-1] += last[2]
+    return np.array(at), np.array(sums) / np.array(counts)

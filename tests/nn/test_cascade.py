@@ -1,0 +1,229 @@
+"""A cascade: who answers what, compacted batches, stages that fail, thresholds under a contract."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sparingly as sp
+from sparingly._calibrate_cascade import falling, left_at
+from sparingly.nn.cascade import MEASURES, NEVER
+
+CLASSES = 3
+
+
+class Recorder:
+    """Probabilities of one-column inputs: class 1 with that probability; remembers what it was asked."""
+
+    def __init__(self, shift: float = 0.0):
+        self.shift, self.asked = shift, []
+
+    def __call__(self, x: torch.Tensor) -> np.ndarray:
+        self.asked.append(len(x))
+        one = (x[:, 0].double() + self.shift).clamp(0, 1).numpy()
+        return np.stack([1 - one, one, np.zeros_like(one)], axis=1)
+
+
+def cascade(*stages: Any, thresholds: list[float] | None = None, **options: Any) -> sp.Cascade:
+    made = sp.Cascade(stages, **options)
+    if thresholds is not None:
+        made.thresholds.copy_(torch.tensor(thresholds, dtype=torch.float64))
+    return made
+
+
+def points(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three clouds; half of the points lie far from the borders."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(CLASSES, (n,), generator=generator)
+    spread = torch.where(torch.rand(n, 1, generator=generator) < 0.5, 0.3, 1.5)
+    return torch.eye(4)[y] * 3 + spread * torch.randn(n, 4, generator=generator), y
+
+
+class Linear(nn.Module):
+    """The right rule, seen through noise that does not depend on the class."""
+
+    def __init__(self, noise: float):
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wobble = torch.sin(1000 * x.sum(dim=1, keepdim=True) * torch.arange(1, CLASSES + 1))
+        return 2 * x[:, :CLASSES] + self.noise * wobble
+
+
+def test_before_calibration_the_last_stage_answers_alone():
+    first, last = Recorder(), Recorder(0.1)
+    made = cascade(first, last)
+    x = torch.rand(5, 1)
+    assert torch.equal(made(x), torch.from_numpy(last(x)).float()) and first.asked == []
+    assert made.left.tolist() == [0, 5] and made.share_left() == [0.0, 1.0]
+
+
+def test_later_stages_see_only_what_has_not_left():
+    first, second, last = Recorder(), Recorder(0.2), Recorder(0.4)
+    made = cascade(first, second, last, thresholds=[0.9, 0.8])
+    x = torch.tensor([[0.95], [0.5], [0.05], [0.65], [0.3]])
+    out = made(x)
+    assert (first.asked, second.asked, last.asked) == ([5], [3], [2])
+    assert made.exits.tolist() == [0, 2, 0, 1, 2]
+    torch.testing.assert_close(out[:, 1], torch.tensor([0.95, 0.9, 0.05, 0.85, 0.7]))
+    assert made(x[:0]).shape[0] == 0 and first.asked == [5]
+    assert made(x[:1]).shape == (1, 3) and last.asked == [2]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_measures_are_one_for_the_sure_and_lowest_for_the_unsure(measure):
+    sure, unsure = torch.eye(4)[:1], torch.full((1, 4), 0.25)
+    between = torch.tensor([[0.7, 0.1, 0.1, 0.1]])
+    values = [float(MEASURES[measure](one)) for one in (unsure, between, sure)]
+    assert values[0] < values[1] < values[2] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [lambda x: x, lambda x: x.numpy(), lambda x: x.tolist(), lambda x: {"x": x}],
+    ids=["tensor", "array", "list", "map"],
+)
+def test_inputs_of_any_kind_are_compacted(kind):
+    def stage(given: Any) -> np.ndarray:
+        values = given["x"] if isinstance(given, dict) else given
+        return Recorder()(torch.as_tensor(np.asarray(values)))
+
+    made = cascade(stage, stage, thresholds=[0.8])
+    x = torch.tensor([[0.9], [0.6], [0.1]])
+    assert made(kind(x)).argmax(1).tolist() == [1, 1, 0] and made.exits.tolist() == [0, 1, 0]
+
+
+def test_networks_give_logits_and_scikit_learn_probabilities():
+    class Old:
+        def predict_proba(self, x):
+            return Recorder()(x)
+
+    network = nn.Linear(1, CLASSES)
+    made = cascade(Old(), network, thresholds=[0.8])
+    x = torch.tensor([[0.9], [0.6]])
+    torch.testing.assert_close(made(x)[1:], network(x[1:]).softmax(1))
+    assert made.training and network.training and set(dict(made.named_parameters())) == {
+        "networks.1.weight", "networks.1.bias"
+    }  # fmt: skip
+
+
+def test_where_a_stage_raises_the_next_one_answers():
+    def broken(x: Any) -> Any:
+        raise ConnectionError("no route")
+
+    made = cascade(broken, Recorder(), thresholds=[0.5])
+    x = torch.rand(4, 1)
+    made(x)
+    assert made.failed.tolist() == [4, 0] and made.why_failed == {0: "ConnectionError: no route"}
+    assert "4: ConnectionError: no route" in str(sp.explain(made))
+    with pytest.raises(ConnectionError):
+        cascade(Recorder(), broken)(x)
+
+
+@pytest.mark.parametrize(
+    ("answer", "match"),
+    [
+        (lambda x: np.full((len(x), 3), 0.5), "stage 0 must give probabilities.* sum 1.5"),
+        (lambda x: np.full((len(x), 3), np.nan), "stage 0 must give probabilities"),
+        (lambda x: np.array([[1.5, -0.5, 0.0]] * len(x)), "least -0.5"),
+        (lambda x: np.ones((len(x) + 1, 1)), r"must give \[n, classes\] with n = 2, got \[3, 1\]"),
+        (lambda x: "yes", "must give an array or tensor"),
+        (lambda x: np.eye(2)[[0] * (len(x) - 1) + [1]] * 0.5 + 0.25, "agree on the classes: 2 before, 3 of stage 1"),
+    ],
+)
+def test_what_is_no_probability_is_refused(answer, match):
+    made = cascade(answer, Recorder(), thresholds=[2.0])
+    with pytest.raises((ValueError, TypeError), match=match):
+        made(torch.rand(2, 1))
+    assert made.left.tolist() == [0, 0]
+
+
+def test_bad_stages():
+    with pytest.raises(ValueError, match="at least 2 stages, got 1"):
+        sp.Cascade([Recorder()])
+    with pytest.raises(TypeError, match="stage 1 must be callable or have predict_proba, got int"):
+        sp.Cascade([Recorder(), 3])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="measure must be one of maximum, margin, entropy"):
+        sp.Cascade([Recorder(), Recorder()], measure="hunch")
+
+
+def test_calibration_keeps_its_contract_and_saves():
+    made = cascade(Linear(4.0), Linear(2.0), Linear(0.2))
+    contract = sp.calibrate(made, points(6000), "accuracy", max_drop=0.02)
+    assert contract.holds and contract.upper is not None and contract.upper <= 0.02
+    assert all(0 < value < NEVER for value in made.thresholds.tolist())
+    x, y = points(20_000, seed=1)
+    right, whole = (float((answer.argmax(1) == y).float().mean()) for answer in (made(x), Linear(0.2)(x)))
+    assert whole - right <= 0.02
+    # Most are easy: they have left before the last stage.
+    assert sum(made.share_left()[:2]) > 0.5 and sum(made.left) == 20_000
+    told = sp.explain(made)
+    assert json.loads(json.dumps(told.as_dict()))["stages"][0]["left"] == int(made.left[0])
+    assert len(told.stages[0].examples) == 3 and "at most" in str(told)
+    twin = cascade(Linear(4.0), Linear(2.0), Linear(0.2))
+    twin.load_state_dict(made.state_dict())
+    assert torch.equal(twin(x), made(x)) and torch.equal(copy.deepcopy(made)(x), made(x))
+
+
+def test_agreement_and_a_metric_of_ones_own():
+    for metric in ("agreement", lambda model, batch: (model(batch[0]).argmax(1) != batch[1]).float()):
+        made = cascade(Linear(4.0), Linear(0.2))
+        assert sp.calibrate(made, points(4000), metric, max_drop=0.05).holds and float(made.thresholds[0]) < NEVER
+
+
+def test_a_useless_first_stage_is_never_run():
+    useless = Recorder(5.0)
+    made = cascade(lambda x: useless(x[:, :1]), Linear(0.2))
+    contract = sp.calibrate(made, points(3000), "accuracy", max_drop=0.02)
+    assert contract.holds and made.thresholds.tolist() == [NEVER]
+    assert "never" in str(sp.explain(made)) and "never" in repr(made)
+
+
+def test_a_failed_calibration_changes_nothing():
+    made = cascade(Linear(4.0), Linear(0.2), thresholds=[0.7])
+    x, y = points(3000)
+    for data, metric, match in (
+        (points(20), "accuracy", "takes at least"),
+        ((x[:0], y[:0]), "accuracy", "no examples"),
+        ((x, y + 7), "accuracy", r"targets must be in 0\.\.2"),
+        ((x.index_fill(1, torch.tensor([0]), float("nan")), y), "accuracy", "stage 0 must give probabilities"),
+        ((x, y), "perplexity", "not perplexity"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            sp.calibrate(made, data, metric, max_drop=0.02)
+        assert made.thresholds.tolist() == [0.7]
+    with pytest.raises(ValueError, match="leave out against"):
+        sp.calibrate(made, (x, y), "accuracy", against=made)
+
+
+def test_expected_losses_fall_with_how_sure():
+    at, levels = falling(np.array([0.9, 0.5, 0.5, 0.7, 0.2]), np.array([0.0, 1.0, 0.0, 1.0, 2.0]))
+    # 0.7 lost more than 0.5: they are one level.
+    assert at.tolist() == [0.9, 0.5, 0.2] and levels.tolist() == [0.0, pytest.approx(2 / 3), 2.0]
+    assert left_at([0.8, 0.5], [torch.tensor([0.9, 0.1, 0.1]), torch.tensor([0.1, 0.6, 0.1])]).tolist() == [0, 1, 2]
+
+
+def test_the_contract_is_broken_as_seldom_as_it_says():
+    """Scouts that are wrong at random: the true drop of the chosen threshold is known."""
+    rng, runs = np.random.default_rng(0), 200
+    lost = []
+    for _ in range(runs):
+        sure = torch.from_numpy(rng.uniform(1 / 2, 1, 1500))
+        wrong = torch.from_numpy(rng.random(1500)) < 0.2 * (1 - sure)
+        scout = torch.stack([torch.where(wrong, 1 - sure, sure), torch.where(wrong, sure, 1 - sure)], dim=1)
+        made = sp.Cascade([lambda x, scout=scout: scout[x], lambda x: torch.eye(2).double()[[0] * len(x)]])
+        sp.calibrate(made, [(torch.arange(1500), torch.zeros(1500, dtype=torch.int64))], "accuracy", max_drop=0.02)
+        # Sure at u in t..1, wrong with 0.2 (1 - u), on half of the line: the mean is 0.2 (1 - t) ** 2.
+        at = max(0.5, float(made.thresholds[0]))
+        lost.append(0.2 * (1 - min(at, 1)) ** 2)
+    broken = sum(drop > 0.02 for drop in lost)
+    # Neither broken too often nor kept by doing nothing.
+    assert broken <= 0.05 * runs + 3 * (0.05 * 0.95 * runs) ** 0.5
+    assert 0.003 < np.mean(lost) < 0.02
