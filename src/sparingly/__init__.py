@@ -8,6 +8,7 @@ from sparingly.distributed import average_gradients
 from sparingly.energy import count, measure
 from sparingly.explain import explain
 from sparingly.metrics import accuracy, agreement, perplexity
+from sparingly.monitor import Drift, monitor
 from sparingly.nn import Cascade, Plan, SelectiveBag, SelectiveFFN, SelectiveHead, compile_plan
 from sparingly.optim import optimizer
 from sparingly.recover import recover
@@ -37,6 +38,7 @@ __all__ = [
     "Cascade",
     "Contract",
     "Dense",
+    "Drift",
     "Experts",
     "Ferns",
     "Graph",
@@ -68,6 +70,7 @@ __all__ = [
     "explain",
     "load",
     "measure",
+    "monitor",
     "optimizer",
     "perplexity",
     "recover",

@@ -65,7 +65,8 @@ def calibrate_cascade(
     path = _path(sure, losses, metric, dense, fit_on, promise.limit)
     found = walk(path, lambda settings: drops(settings, test_on), promise)
     kept = [NEVER] * len(sure) if found.chosen is None else list(path[found.chosen].values())
-    last = torch.stack(losses).gather(0, left_at(kept, sure).unsqueeze(0)).squeeze(0)
+    exits = left_at(kept, sure)
+    last = torch.stack(losses).gather(0, exits.unsqueeze(0)).squeeze(0)
     contract = Contract.of(
         found,
         promise,
@@ -77,6 +78,7 @@ def calibrate_cascade(
         versions={name: version for name, version in versions().items() if version},
     )
     cascade.thresholds.copy_(torch.tensor(kept, dtype=torch.float64))
+    cascade.expected.copy_(torch.bincount(exits[test_on], minlength=len(answers)))
     cascade.reset_counts()
     setattr(cascade, CONTRACT, contract)
     return contract

@@ -51,7 +51,7 @@ class Cascade(nn.Module):
 
     Attributes:
         thresholds: float64 [stages - 1]: an input leaves where the measure reaches it; infinity: the stage is not run.
-        left: int64 [stages], how many inputs have left where.
+        left: int64 [stages], how many inputs have left where; ``expected``: how many did in calibration's test.
         failed: int64 [stages], how many inputs a stage was asked for when it raised; the next one then answered.
             ``why_failed``: for each stage the last reason.
 
@@ -64,6 +64,7 @@ class Cascade(nn.Module):
     """
 
     thresholds: Tensor
+    expected: Tensor
     left: Tensor
     failed: Tensor
 
@@ -84,6 +85,7 @@ class Cascade(nn.Module):
         )
         never = torch.full((len(stages) - 1,), NEVER, dtype=torch.float64)
         self.register_buffer("thresholds", never)
+        self.register_buffer("expected", torch.zeros(len(stages), dtype=torch.int64))
         for name in ("left", "failed"):
             self.register_buffer(name, torch.zeros(len(stages), dtype=torch.int64), persistent=False)
         self.why_failed: dict[int, str] = {}
