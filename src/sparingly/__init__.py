@@ -9,7 +9,7 @@ from sparingly.energy import count, measure
 from sparingly.explain import explain
 from sparingly.metrics import accuracy, agreement, perplexity
 from sparingly.monitor import Drift, monitor
-from sparingly.nn import Cascade, Plan, SelectiveBag, SelectiveFFN, SelectiveHead, compile_plan
+from sparingly.nn import Cascade, Plan, SelectiveBag, SelectiveFFN, SelectiveHead, add_exits_, compile_plan, train_exits
 from sparingly.optim import optimizer
 from sparingly.recover import recover
 from sparingly.selection import Selection
@@ -60,6 +60,7 @@ __all__ = [
     "Zeros",
     "__version__",
     "accuracy",
+    "add_exits_",
     "agreement",
     "average_gradients",
     "calibrate",
@@ -76,4 +77,5 @@ __all__ = [
     "recover",
     "restore_",
     "save",
+    "train_exits",
 ]

@@ -1,4 +1,4 @@
-"""The thresholds of a cascade under an accuracy contract."""
+"""The thresholds of a cascade, or of a network with exits, under an accuracy contract."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from sparingly.convert import CONTRACT
 from sparingly.energy.machine import versions
 from sparingly.guard import walk
 from sparingly.metrics import Metric, observe
-from sparingly.nn._modes import evaluating
-from sparingly.nn.cascade import MEASURES, NEVER, Cascade, answered, checked, length
+from sparingly.nn.cascade import NEVER, Staged, length
 
 FIT_SHARE = 4
 """Every so manieth example makes the path; the others test it."""
@@ -39,7 +38,7 @@ class _Given(nn.Module):
 
 
 def calibrate_cascade(
-    cascade: Cascade, calibration: Any, metric: Metric, max_drop: float, confidence: float, say: Say
+    model: Staged, calibration: Any, metric: Metric, max_drop: float, confidence: float, say: Say
 ) -> Contract:
     """See :func:`sparingly.calibrate`. Every stage answers every example once; what raises then is passed on."""
     if metric.relative:
@@ -48,14 +47,14 @@ def calibrate_cascade(
         )
     promise = metric.promise(max_drop, confidence)
     data = batches(calibration, size=256)
-    answers = _answers(cascade, data, say)
+    answers = _answers(model, data, say)
     count = len(answers[0])
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     fit_on, test_on = order[: count // FIT_SHARE], order[count // FIT_SHARE :]
     promise.check(len(test_on), metric.answers)
     losses = [_losses(metric, stage, data) for stage in answers]
     dense = losses[-1]
-    sure = [MEASURES[cascade.measure](stage).double().cpu() for stage in answers[:-1]]
+    sure = [model.sure(stage) for stage in answers[:-1]]
 
     def drops(settings: dict[str, float], among: Tensor) -> Tensor:
         exits = left_at(list(settings.values()), sure)
@@ -77,10 +76,10 @@ def calibrate_cascade(
         selective_quality=metric.quality(dense[test_on], last[test_on]),
         versions={name: version for name, version in versions().items() if version},
     )
-    cascade.thresholds.copy_(torch.tensor(kept, dtype=torch.float64))
-    cascade.expected.copy_(torch.bincount(exits[test_on], minlength=len(answers)))
-    cascade.reset_counts()
-    setattr(cascade, CONTRACT, contract)
+    model.thresholds.copy_(torch.tensor(kept, dtype=torch.float64))
+    model.expected.copy_(torch.bincount(exits[test_on], minlength=len(answers)))
+    model.reset_counts()
+    setattr(model, CONTRACT, contract)
     return contract
 
 
@@ -97,19 +96,14 @@ def _told(threshold: float) -> float | None:
     return None if threshold == NEVER else threshold
 
 
-def _answers(cascade: Cascade, data: list[Any], say: Say) -> list[Tensor]:
+def _answers(model: Staged, data: list[Any], say: Say) -> list[Tensor]:
     """Every stage's probabilities of all examples, float32 [n, classes] each."""
-    found: list[Tensor] = []
-    with evaluating(cascade), torch.no_grad():
-        for place, stage in enumerate(cascade.stages):
-            parts = []
-            for done, batch in enumerate(data):
-                say(f"asking stage {place + 1} of {len(cascade.stages)}", done / len(data))
-                given = inputs(batch)
-                parts.append(checked(answered(stage, given), length(given), place).cpu())
-            found.append(torch.cat(parts))
-    classes = sorted({stage.shape[1] for stage in found})
-    if len(classes) > 1:
+    parts = []
+    for done, batch in enumerate(data):
+        say("asking every stage", done / len(data))
+        parts.append(model.stage_answers(inputs(batch)))
+    found = [torch.cat(stage) for stage in zip(*parts, strict=True)]
+    if len({stage.shape[1] for stage in found}) > 1:
         raise ValueError(f"stages must agree on the classes, got {[stage.shape[1] for stage in found]}")
     return found
 

@@ -19,7 +19,7 @@ from sparingly.convert import CONTRACT
 from sparingly.energy.machine import versions
 from sparingly.guard import Promise, Walk, walk
 from sparingly.metrics import Metric, as_metric, observe
-from sparingly.nn.cascade import Cascade
+from sparingly.nn.cascade import Staged
 from sparingly.nn.sample import Option, gather
 from sparingly.nn.selective import Selective, dense_answers, needed_layers, reset
 
@@ -123,7 +123,7 @@ def calibrate(
     Selectors are as they were, whatever is raised.
     """
     measured = as_metric(metric)
-    if isinstance(model, Cascade):
+    if isinstance(model, Staged):
         if against is not None:
             raise ValueError("a cascade is held against its last stage: leave out against")
         return calibrate_cascade(model, calibration, measured, max_drop, confidence, progress or _silent)

@@ -12,7 +12,7 @@ from torch import nn
 from sparingly.contract import Contract
 from sparingly.convert import CONTRACT
 from sparingly.nn.bag import SelectiveBag
-from sparingly.nn.cascade import NEVER, Cascade
+from sparingly.nn.cascade import NEVER, Staged
 from sparingly.nn.decoding import compiled_steps
 from sparingly.nn.ffn import SelectiveFFN
 from sparingly.nn.selective import Selective, needed
@@ -146,27 +146,27 @@ class Exits:
         return _printed(self)
 
 
-def _exits(cascade: Cascade) -> Exits:
-    thresholds: list[float | None] = [None if value == NEVER else value for value in cascade.thresholds.tolist()]
+def _exits(model: Staged) -> Exits:
+    thresholds: list[float | None] = [None if value == NEVER else value for value in model.thresholds.tolist()]
     stages = []
-    for place, stage in enumerate(cascade.stages):
-        examples = (cascade.exits == place).nonzero().flatten()[:EXAMPLES].tolist()
+    for place, name in enumerate(model.names):
+        examples = (model.exits == place).nonzero().flatten()[:EXAMPLES].tolist()
         stages.append(
             Stage(
-                name=getattr(stage, "__name__", type(stage).__name__),
+                name=name,
                 threshold=None if place == len(thresholds) else thresholds[place],
-                left=int(cascade.left[place]),
-                share=cascade.share_left()[place],
+                left=int(model.left[place]),
+                share=model.share_left()[place],
                 examples=tuple(examples),
-                failed=int(cascade.failed[place]),
-                why_failed=cascade.why_failed.get(place),
+                failed=int(model.failed[place]),
+                why_failed=model.why_failed.get(place),
             )
         )
-    return Exits(tuple(stages), getattr(cascade, CONTRACT, None))
+    return Exits(tuple(stages), getattr(model, CONTRACT, None))
 
 
 @overload
-def explain(model: Cascade) -> Exits: ...  # pyright: ignore[reportOverlappingOverload]
+def explain(model: Staged) -> Exits: ...  # pyright: ignore[reportOverlappingOverload]
 @overload
 def explain(model: nn.Module) -> Explanation: ...
 def explain(model: nn.Module) -> Explanation | Exits:
@@ -175,7 +175,7 @@ def explain(model: nn.Module) -> Explanation | Exits:
 
     Raises ValueError if there are none.
     """
-    if isinstance(model, Cascade):
+    if isinstance(model, Staged):
         return _exits(model)
     layers = needed(_selective(model))
     rows = []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparingly.nn.cascade import Cascade
+from sparingly.nn.cascade import Staged
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Drift:
         return f"{said if self.drifted else 'no change seen'} ({self.n:,} inputs, p = {self.p_value:.2g}; {shares})"
 
 
-def monitor(cascade: Cascade, *, confidence: float = 0.99, distance: float = 0.02) -> Drift:
+def monitor(cascade: Staged, *, confidence: float = 0.99, distance: float = 0.02) -> Drift:
     """Compare where inputs have left since calibration (or :meth:`Cascade.reset_counts`) with where they left then.
 
     A test alone would call every difference a change once a stream is long enough, and a difference alone any short

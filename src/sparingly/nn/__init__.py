@@ -4,6 +4,7 @@ from sparingly.nn.bag import SelectiveBag
 from sparingly.nn.cascade import Cascade
 from sparingly.nn.compiled import CompiledPlan, compile_plan
 from sparingly.nn.conv import SelectiveConv
+from sparingly.nn.exits import ExitNetwork, add_exits_, train_exits
 from sparingly.nn.ffn import SelectiveFFN
 from sparingly.nn.head import SelectiveHead
 from sparingly.nn.linear import SelectiveLinear
@@ -16,6 +17,7 @@ from sparingly.nn.tune import Tried, TuneReport
 __all__ = [
     "Cascade",
     "CompiledPlan",
+    "ExitNetwork",
     "Plan",
     "ScreenHead",
     "Selective",
@@ -27,5 +29,7 @@ __all__ = [
     "SelectiveMLP",
     "Tried",
     "TuneReport",
+    "add_exits_",
     "compile_plan",
+    "train_exits",
 ]

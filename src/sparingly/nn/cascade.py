@@ -37,23 +37,75 @@ def entropy(probabilities: Tensor) -> Tensor:
 MEASURES: dict[str, Callable[[Tensor], Tensor]] = {"maximum": maximum, "margin": margin, "entropy": entropy}
 
 
-class Cascade(nn.Module):
+class Staged(nn.Module):
+    """What a cascade and a network with exits share: stages in rising order of cost, and who has left where.
+
+    Attributes:
+        names: of the stages; the answers of the last one count.
+        thresholds: float64 [stages - 1]: an input leaves where the measure reaches it; infinity: none does there.
+        left: int64 [stages], how many inputs have left where; ``expected``: how many did in calibration's test.
+        failed: int64 [stages], how many inputs a stage was asked for when it raised; ``why_failed``: stage -> reason.
+        exits: int64 [n], at which stage each input of the last call left.
+    """
+
+    thresholds: Tensor
+    expected: Tensor
+    left: Tensor
+    failed: Tensor
+
+    def __init__(self, names: Sequence[str], measure: str):
+        super().__init__()
+        if measure not in MEASURES:
+            raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
+        self.names, self.measure = list(names), measure
+        count = len(self.names)
+        self.register_buffer("thresholds", torch.full((count - 1,), NEVER, dtype=torch.float64))
+        self.register_buffer("expected", torch.zeros(count, dtype=torch.int64))
+        for name in ("left", "failed"):
+            self.register_buffer(name, torch.zeros(count, dtype=torch.int64), persistent=False)
+        self.why_failed: dict[int, str] = {}
+        self.exits = torch.empty(0, dtype=torch.int64)
+
+    def stage_answers(self, inputs: Any) -> list[Tensor]:
+        """Every stage's probabilities of all inputs, float32 [n, classes] each, on the CPU."""
+        raise NotImplementedError
+
+    def sure(self, probabilities: Tensor) -> Tensor:
+        """How sure of its answers a stage is: [n, classes] -> float64 [n]."""
+        return MEASURES[self.measure](probabilities).double()
+
+    def _told(self, exits: Tensor) -> None:
+        self.exits = exits
+        self.left += torch.bincount(exits, minlength=len(self.names))
+
+    def share_left(self) -> list[float]:
+        """Share of the inputs that left at each stage, since it was made or calibrated; 0 before the first."""
+        total = max(1, int(self.left.sum()))
+        return [int(count) / total for count in self.left]
+
+    def reset_counts(self) -> None:
+        """Forget what has left where, and what failed."""
+        self.left.zero_()
+        self.failed.zero_()
+        self.why_failed.clear()
+
+    def extra_repr(self) -> str:
+        at = ", ".join("never" if value == NEVER else f"{value:.4g}" for value in self.thresholds.tolist())
+        return f"measure={self.measure!r}, thresholds: {at}"
+
+
+class Cascade(Staged):
     """Stages in rising order of cost: an input leaves at the first that is sure enough, and later ones never see it.
 
-    Batches are compacted: what has left is not computed further. ``sparingly.calibrate(cascade, data, "accuracy",
-    max_drop=0.005)`` finds the thresholds under an accuracy contract; before, every input goes to the last stage alone.
+    Batches are compacted: what has left is not computed further. A stage that raises is passed over, and counted.
+    ``sparingly.calibrate(cascade, data, "accuracy", max_drop=0.005)`` finds the thresholds under an accuracy contract;
+    before, every input goes to the last stage alone.
 
     Args:
         stages: at least two, the last one the network whose answers count. A ``torch.nn.Module`` gives logits (or has
             them in ``.logits``); what has ``predict_proba`` (scikit-learn) and any other callable gives probabilities,
             as an array or tensor [n, classes].
         measure: how sure a stage is: "maximum" (of the probabilities), "margin" (largest minus second) or "entropy".
-
-    Attributes:
-        thresholds: float64 [stages - 1]: an input leaves where the measure reaches it; infinity: the stage is not run.
-        left: int64 [stages], how many inputs have left where; ``expected``: how many did in calibration's test.
-        failed: int64 [stages], how many inputs a stage was asked for when it raised; the next one then answered.
-            ``why_failed``: for each stage the last reason.
 
     Viola, Jones, Rapid Object Detection using a Boosted Cascade of Simple Features, CVPR 2001; of networks: Wang and
     others, Wisdom of Committees, ICLR 2022::
@@ -63,33 +115,19 @@ class Cascade(nn.Module):
           Movshovitz-Attias, Yair and Eban, Elad}, booktitle={ICLR}, year={2022}}
     """
 
-    thresholds: Tensor
-    expected: Tensor
-    left: Tensor
-    failed: Tensor
-
     def __init__(self, stages: Sequence[Stage], *, measure: str = "maximum"):
-        super().__init__()
         stages = list(stages)
         if len(stages) < 2:
             raise ValueError(f"a cascade needs at least 2 stages, got {len(stages)}")
         for place, stage in enumerate(stages):
             if not (callable(stage) or hasattr(stage, "predict_proba")):
                 raise TypeError(f"stage {place} must be callable or have predict_proba, got {type(stage).__name__}")
-        if measure not in MEASURES:
-            raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
-        self.stages, self.measure = stages, measure
+        super().__init__([getattr(stage, "__name__", type(stage).__name__) for stage in stages], measure)
+        self.stages = stages
         # Networks among them are submodules, so that .to(), .eval() and state_dict reach them.
         self.networks = nn.ModuleDict(
             {str(place): stage for place, stage in enumerate(stages) if isinstance(stage, nn.Module)}
         )
-        never = torch.full((len(stages) - 1,), NEVER, dtype=torch.float64)
-        self.register_buffer("thresholds", never)
-        self.register_buffer("expected", torch.zeros(len(stages), dtype=torch.int64))
-        for name in ("left", "failed"):
-            self.register_buffer(name, torch.zeros(len(stages), dtype=torch.int64), persistent=False)
-        self.why_failed: dict[int, str] = {}
-        self.exits = torch.empty(0, dtype=torch.int64)
 
     def forward(self, inputs: Any) -> Tensor:
         """inputs: a tensor, array, sequence or mapping of them, n examples -> probabilities float32 [n, classes].
@@ -115,13 +153,18 @@ class Cascade(nn.Module):
                 out = self._room(out, found, count, place)
                 leaves = torch.ones(len(waiting), dtype=torch.bool, device=device)
                 if not last:
-                    leaves = MEASURES[self.measure](found).double().to(device) >= self.thresholds[place]
+                    leaves = self.sure(found).to(device) >= self.thresholds[place]
                 out[waiting[leaves]] = found[leaves.to(found.device)].to(out.device)
                 exits[waiting[leaves]] = place
                 waiting = waiting[~leaves]
-        self.exits = exits
-        self.left += torch.bincount(exits, minlength=len(self.stages))
+        self._told(exits)
         return out
+
+    def stage_answers(self, inputs: Any) -> list[Tensor]:
+        """See :meth:`Staged.stage_answers`; what a stage raises is passed on."""
+        count = length(inputs)
+        with evaluating(self), torch.no_grad():
+            return [checked(answered(stage, inputs), count, place).cpu() for place, stage in enumerate(self.stages)]
 
     def _asked(self, place: int, given: Any, last: bool) -> Tensor | None:
         """What a stage answers; None if it raised and there is another."""
@@ -143,21 +186,6 @@ class Cascade(nn.Module):
                 f"stages must agree on the classes: {out.shape[1]} before, {found.shape[1]} of stage {place}"
             )
         return out
-
-    def share_left(self) -> list[float]:
-        """Share of the inputs that left at each stage, since the cascade was made or calibrated; 0 before the first."""
-        total = max(1, int(self.left.sum()))
-        return [int(count) / total for count in self.left]
-
-    def reset_counts(self) -> None:
-        """Forget what has left where, and what failed."""
-        self.left.zero_()
-        self.failed.zero_()
-        self.why_failed.clear()
-
-    def extra_repr(self) -> str:
-        at = ", ".join("never" if value == NEVER else f"{value:.4g}" for value in self.thresholds.tolist())
-        return f"measure={self.measure!r}, thresholds: {at}"
 
 
 def answered(stage: Stage, inputs: Any) -> Any:

@@ -1,0 +1,336 @@
+"""Exits in a network: an input whose answer is clear halfway leaves there, and the rest never sees it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparingly._data import inputs as inputs_of
+from sparingly.nn._modes import evaluating
+from sparingly.nn.cascade import NEVER, Staged, checked, length
+
+
+class _AllLeft(Exception):
+    """Nothing is left to compute."""
+
+
+class ExitHead(nn.Module):
+    """Class scores from what a layer gives: the mean over its places, normed, then linear.
+
+    Sizes are those of the first batch: [n, channels, ...] of a convolutional layer, [n, tokens, channels] of a
+    sequence, or [n, channels].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm: nn.LayerNorm | None = None
+        self.linear: nn.Linear | None = None
+
+    def make(self, hidden: Tensor, classes: int) -> None:
+        """Give it the sizes of ``hidden``."""
+        width = self.pooled(hidden).shape[1]
+        self._sized(width, classes, hidden.device)
+
+    def _sized(self, width: int, classes: int, device: torch.device) -> None:
+        self.norm, self.linear = nn.LayerNorm(width).to(device), nn.Linear(width, classes).to(device)
+
+    def forget(self) -> None:
+        """As before :meth:`make`."""
+        self.norm = self.linear = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take on the sizes of the state first."""
+        weight = state_dict.get(f"{prefix}linear.weight")
+        if self.linear is None and weight is not None:
+            self._sized(weight.shape[1], weight.shape[0], weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @staticmethod
+    def pooled(hidden: Tensor) -> Tensor:
+        """[n, channels, height, width], [n, tokens, channels] or [n, channels] -> float32 [n, channels]."""
+        if hidden.dim() == 3:
+            return hidden.float().mean(dim=1)
+        return hidden.float().flatten(2).mean(dim=2) if hidden.dim() > 3 else hidden.float()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden -> logits [n, classes]. Raises RuntimeError before it was trained."""
+        if self.norm is None or self.linear is None:
+            raise RuntimeError("exits are not trained: call sparingly.train_exits(model, batches) first")
+        return self.linear(self.norm(self.pooled(hidden)))
+
+
+class ExitNetwork(Staged):
+    """A classifier whose inputs may leave at some of its layers; made by :func:`add_exits_`.
+
+    At a layer with an exit, those that are sure enough leave, and what goes on is only the others' part of the batch;
+    where all have left, the rest of the network does not run. Everything that flows on must come out of that layer:
+    a connection or mask that passes by an exit keeps its old length, and :func:`sparingly.train_exits` refuses it.
+
+    Attributes:
+        net: the network itself; ``heads``: a head for each exit.
+    """
+
+    def __init__(self, net: nn.Module, at: Sequence[str], *, measure: str = "maximum"):
+        at = list(at)
+        modules = dict(net.named_modules())
+        missing = [name for name in at if name not in modules or not name]
+        if not at or missing or len(set(at)) < len(at):
+            some = ", ".join(repr(name) for name in list(modules)[1:12])
+            raise ValueError(f"at must name layers of the network, each once, such as {some}; got {at}")
+        super().__init__([*at, type(net).__name__], measure)
+        self.net = net
+        # Names with dots are no keys of a ModuleDict.
+        self.heads: Any = nn.ModuleList(ExitHead() for _ in at)
+        self._run: Callable[[int, Tensor], Tensor] | None = None
+        for place, name in enumerate(at):
+            modules[name].register_forward_hook(self._hook(place))
+
+    def _hook(self, place: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, given: Any, output: Any) -> Any:
+            if self._run is None:
+                return None
+            hidden = output[0] if isinstance(output, tuple) else output
+            if not isinstance(hidden, Tensor) or hidden.dim() < 2:
+                raise ValueError(f"the exit at {self.names[place]!r} needs a tensor [n, ...] from that layer")
+            going = self._run(place, hidden)
+            if going is hidden:
+                return None
+            return (going, *output[1:]) if isinstance(output, tuple) else going
+
+        return hook
+
+    def __deepcopy__(self, memo: Any) -> ExitNetwork:
+        raise TypeError("a network with exits holds hooks on its layers: copy the network, then add_exits_ to the copy")
+
+    def collect(self, inputs: Any) -> tuple[Tensor, list[Tensor]]:
+        """The network's own logits [n, classes] and what each layer with an exit gave."""
+        seen: dict[int, Tensor] = {}
+
+        def run(place: int, hidden: Tensor) -> Tensor:
+            if place in seen:
+                raise ValueError(
+                    f"the layer {self.names[place]!r} runs more than once: an exit needs one that runs once"
+                )
+            seen[place] = hidden
+            return hidden
+
+        logits = self._through(run, inputs)
+        absent = [name for place, name in enumerate(self.names[:-1]) if place not in seen]
+        if absent:
+            raise ValueError(f"these layers did not run, so nothing can leave there: {absent}")
+        return logits, [seen[place] for place in range(len(self.heads))]
+
+    def _through(self, run: Callable[[int, Tensor], Tensor], inputs: Any) -> Tensor:
+        self._run = run
+        try:
+            output = self.net(**inputs) if isinstance(inputs, dict) else self.net(inputs)
+        finally:
+            self._run = None
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"the network must give logits [n, classes], got {got}")
+        return logits
+
+    def stage_answers(self, inputs: Any) -> list[Tensor]:
+        """See :meth:`Staged.stage_answers`; one pass through the whole network."""
+        with evaluating(self), torch.no_grad():
+            logits, hidden = self.collect(inputs)
+            found = [head(part) for head, part in zip(self.heads, hidden, strict=True)]
+            return [_probabilities(part, place).cpu() for place, part in enumerate([*found, logits])]
+
+    def forward(self, inputs: Any) -> Tensor:
+        """inputs of the network, n examples -> probabilities float32 [n, classes]; ``exits`` says who left where."""
+
+        def leaves(place: int, found: Tensor) -> Tensor:
+            return self.sure(found) >= self.thresholds[place].to(found.device)
+
+        open_exits = [place for place, value in enumerate(self.thresholds.tolist()) if value != NEVER]
+        return self._leaving(inputs, open_exits, leaves)
+
+    def _leaving(self, inputs: Any, open_exits: Sequence[int], leaves: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Answers with those gone that ``leaves`` (exit, its probabilities) names, at the exits that are open."""
+        count, last = length(inputs), len(self.heads)
+        answers: list[tuple[Tensor, Tensor]] = []
+        exits = torch.full((count,), last)
+        waiting = torch.arange(count)
+
+        def run(place: int, hidden: Tensor) -> Tensor:
+            nonlocal waiting
+            if place not in open_exits:
+                return hidden
+            if hidden.shape[0] != len(waiting):
+                raise ValueError(
+                    f"the layer {self.names[place]!r} gives {hidden.shape[0]} rows for {len(waiting)} examples"
+                )
+            found = _probabilities(self.heads[place](hidden), place)
+            going = leaves(place, found).cpu()
+            answers.append((waiting[going], found[going.to(found.device)]))
+            exits[waiting[going]] = place
+            waiting = waiting[~going]
+            if not len(waiting):
+                raise _AllLeft
+            return hidden[~going.to(hidden.device)] if going.any() else hidden
+
+        with evaluating(self), torch.no_grad():
+            try:
+                logits = self._through(run, inputs)
+                if logits.shape[0] != len(waiting):
+                    raise ValueError(
+                        f"the network gives {logits.shape[0]} rows for {len(waiting)} examples that are left"
+                    )
+                answers.append((waiting, _probabilities(logits, last)))
+            except _AllLeft:
+                pass
+        out = answers[0][1].new_zeros(count, answers[0][1].shape[1])
+        for ids, found in answers:
+            out[ids.to(out.device)] = found
+        self._told(exits.to(self.left.device))
+        return out
+
+    def check_exits(self, inputs: Any) -> None:
+        """Raise ValueError unless every exit may let half of the batch go and the others' answers stay as they are."""
+        with evaluating(self), torch.no_grad():
+            logits, _ = self.collect(inputs)
+        whole = logits.float().softmax(dim=1)
+
+        def every_other(place: int, found: Tensor) -> Tensor:
+            return torch.arange(len(found), device=found.device) % 2 == 0
+
+        for place, name in enumerate(self.names[:-1]):
+            try:
+                found = self._leaving(inputs, [place], every_other)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise ValueError(f"nothing can leave at {name!r}: {error}") from error
+            finally:
+                self.reset_counts()
+            stayed = self.exits == len(self.heads)
+            if not torch.allclose(found[stayed], whole[stayed], atol=1e-3):
+                raise ValueError(
+                    f"answers change when others leave at {name!r}: examples of a batch depend on one another there"
+                )
+
+
+def _probabilities(logits: Tensor, place: int) -> Tensor:
+    """Raises ValueError for NaN."""
+    return checked(logits.float().softmax(dim=1), logits.shape[0], place)
+
+
+def add_exits_(net: nn.Module, at: Sequence[str], *, measure: str = "maximum") -> ExitNetwork:
+    """Let inputs leave a classifier early: ``at`` names layers of ``net``, in the order in which they run.
+
+    The network gets a hook at each of them and is otherwise as it was; the model that is returned runs it. Train the
+    exits with :func:`sparingly.train_exits`, then find their thresholds with :func:`sparingly.calibrate`. Before that
+    nothing leaves.
+
+    Args:
+        net: any classifier of tensors, array-like batches or mappings: logits [n, classes], or an output with
+            ``.logits``.
+        at: names as in ``net.named_modules()``.
+        measure: see :class:`sparingly.Cascade`.
+
+    Raises ValueError for a name that is not there. Teerapittayanon, McDanel, Kung, BranchyNet: Fast Inference via Early
+    Exiting from Deep Neural Networks, ICPR 2016::
+
+        @inproceedings{teerapittayanon2016branchynet, title={BranchyNet: Fast Inference via Early Exiting from Deep
+          Neural Networks}, author={Teerapittayanon, Surat and McDanel, Bradley and Kung, H. T.}, booktitle={ICPR},
+          year={2016}}
+    """
+    return ExitNetwork(net, at, measure=measure)
+
+
+def train_exits(
+    model: ExitNetwork,
+    batches: Iterable[Any],
+    *,
+    epochs: int = 1,
+    lr: float = 1e-3,
+    freeze: bool = True,
+    progress: Callable[[str, float | None], None] | None = None,
+) -> list[float]:
+    """Teach every exit what the network itself answers; no labels are needed. Returns the mean loss of each epoch.
+
+    An exit's loss is the cross-entropy with the network's own probabilities (self-distillation: Zhang and others, Be
+    Your Own Teacher, ICCV 2019).
+
+    Args:
+        model: of :func:`add_exits_`.
+        batches: inputs, or (inputs, targets int64 [n]); a list or a loader, gone through once an epoch.
+        epochs, lr: passes, and the rate of AdamW, which falls to 0 along a cosine.
+        freeze: only exits learn, from the network in evaluation mode. False: the network learns too, from targets,
+            which then must be there, with every exit's loss added.
+        progress: called with what is being done and the share done.
+
+    Raises ValueError if there are no batches, targets are missing, examples of a batch depend on one another at an exit
+    (see :class:`ExitNetwork`), or answers hold NaN; exits and network are then as they were.
+    """
+    data = list(batches)
+    if not data or epochs < 1:
+        raise ValueError(f"train_exits needs at least 1 batch and 1 epoch, got {len(data)} and {epochs}")
+    if not freeze and not all(isinstance(batch, (tuple, list)) and len(batch) == 2 for batch in data):
+        raise ValueError("without freeze the network learns from targets: give batches (inputs, targets)")
+    with evaluating(model), torch.no_grad():
+        logits, hidden = model.collect(inputs_of(data[0]))
+        _probabilities(logits, len(model.heads))
+    before = copy.deepcopy((model.heads.state_dict(), {} if freeze else model.net.state_dict()))
+    fresh = [head.linear is None for head in model.heads]
+    try:
+        for head, part in zip(model.heads, hidden, strict=True):
+            if head.linear is None:
+                head.make(part, logits.shape[1])
+        model.check_exits(inputs_of(data[0]))
+        return _train(model, data, epochs, lr, freeze, progress)
+    except BaseException:
+        for head, new in zip(model.heads, fresh, strict=True):
+            if new:
+                head.forget()
+        if not any(fresh):
+            model.heads.load_state_dict(before[0])
+        if not freeze:
+            model.net.load_state_dict(before[1])
+        raise
+
+
+def _train(
+    model: ExitNetwork,
+    data: list[Any],
+    epochs: int,
+    lr: float,
+    freeze: bool,
+    progress: Callable[[str, float | None], None] | None,
+) -> list[float]:
+    learning = list(model.heads.parameters()) + ([] if freeze else list(model.net.parameters()))
+    optimizer = torch.optim.AdamW(learning, lr=lr)
+    steps = epochs * len(data)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    losses, mode = [], model.net.training
+    model.net.train(not freeze)
+    try:
+        for epoch in range(epochs):
+            total = 0.0
+            for place, batch in enumerate(data):
+                if progress is not None:
+                    progress("training exits", (epoch * len(data) + place) / steps)
+                with torch.set_grad_enabled(not freeze):
+                    logits, hidden = model.collect(inputs_of(batch))
+                wanted = logits.detach().float().softmax(dim=1)
+                parts = [F.cross_entropy(head(one), wanted) for head, one in zip(model.heads, hidden, strict=True)]
+                loss = torch.stack(parts).mean()
+                if not freeze:
+                    loss = loss + F.cross_entropy(logits.float(), batch[1])
+                if not torch.isfinite(loss):
+                    raise ValueError(f"the loss is {loss.item()} in batch {place}: look for NaN in inputs and weights")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += float(loss.detach())
+            losses.append(total / len(data))
+    finally:
+        model.net.train(mode)
+    return losses
