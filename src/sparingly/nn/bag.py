@@ -136,7 +136,7 @@ class SelectiveBag(nn.Module):
 
     def operators(self) -> tuple[str, ...]:
         """Names of the operators that sum what is selected."""
-        return ("gather_accumulate",)
+        return ("table_sums",) if isinstance(self.selector, Ferns) else ("gather_accumulate",)
 
     def dense_bytes(self) -> int:
         """Bytes of the whole table."""
