@@ -10,6 +10,7 @@ from sparingly.explain import explain
 from sparingly.metrics import accuracy, agreement, perplexity
 from sparingly.monitor import Drift, monitor
 from sparingly.nn import Cascade, Plan, SelectiveBag, SelectiveFFN, SelectiveHead, add_exits_, compile_plan, train_exits
+from sparingly.nn.scout import distill_scout
 from sparingly.optim import optimizer
 from sparingly.recover import recover
 from sparingly.selection import Selection
@@ -68,6 +69,7 @@ __all__ = [
     "compile_plan",
     "convert_",
     "count",
+    "distill_scout",
     "explain",
     "load",
     "measure",
