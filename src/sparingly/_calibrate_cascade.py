@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparingly._data import batches, data_hash, inputs
+from sparingly._progress import Say
 from sparingly.contract import Contract
 from sparingly.convert import CONTRACT
 from sparingly.energy.machine import versions
@@ -22,8 +23,6 @@ FIT_SHARE = 4
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
 """Mean drops of the path's points on the examples that make it, in shares of the one that is allowed."""
-
-Say = Callable[[str, float | None], None]
 
 
 class _Given(nn.Module):
@@ -52,38 +51,40 @@ def calibrate_cascade(
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     fit_on, test_on = order[: count // FIT_SHARE], order[count // FIT_SHARE :]
     promise.check(len(test_on), metric.answers)
-    losses = [_losses(metric, stage, data) for stage in answers]
-    dense = losses[-1]
-    sure = [model.sure(stage) for stage in answers[:-1]]
+    losses = torch.stack([_losses(metric, stage, data) for stage in answers])
+    sure = torch.stack([model.sure(stage) for stage in answers[:-1]])
+    path = _path(metric, losses[:, fit_on], sure[:, fit_on], promise.limit)
+    losses, sure = losses[:, test_on], sure[:, test_on]
 
-    def drops(settings: dict[str, float], among: Tensor) -> Tensor:
-        exits = left_at(list(settings.values()), sure)
-        chosen = torch.stack(losses).gather(0, exits.unsqueeze(0)).squeeze(0)
-        return metric.drops(dense[among], chosen[among])
+    def drops(settings: dict[str, float]) -> Tensor:
+        return metric.drops(losses[-1], _chosen(losses, left_at(list(settings.values()), sure)))
 
-    path = _path(sure, losses, metric, dense, fit_on, promise.limit)
-    found = walk(path, lambda settings: drops(settings, test_on), promise)
+    found = walk(path, drops, promise)
     kept = [NEVER] * len(sure) if found.chosen is None else list(path[found.chosen].values())
     exits = left_at(kept, sure)
-    last = torch.stack(losses).gather(0, exits.unsqueeze(0)).squeeze(0)
     contract = Contract.of(
         found,
         promise,
         [{name: _told(value) for name, value in one.items()} for one in path],
         metric=metric.name,
         data_hash=data_hash(data),
-        dense_quality=metric.quality(dense[test_on], dense[test_on]),
-        selective_quality=metric.quality(dense[test_on], last[test_on]),
+        dense_quality=metric.quality(losses[-1], losses[-1]),
+        selective_quality=metric.quality(losses[-1], _chosen(losses, exits)),
         versions={name: version for name, version in versions().items() if version},
     )
     model.thresholds.copy_(torch.tensor(kept, dtype=torch.float64))
-    model.expected.copy_(torch.bincount(exits[test_on], minlength=len(answers)))
+    model.expected.copy_(torch.bincount(exits, minlength=len(losses)))
     model.reset_counts()
     setattr(model, CONTRACT, contract)
     return contract
 
 
-def left_at(thresholds: Sequence[float], sure: Sequence[Tensor]) -> Tensor:
+def _chosen(losses: Tensor, exits: Tensor) -> Tensor:
+    """Of what the metric observes of every stage, [stages, n], that of the stage at which each example left, [n]."""
+    return losses.gather(0, exits.unsqueeze(0)).squeeze(0)
+
+
+def left_at(thresholds: Sequence[float], sure: Sequence[Tensor] | Tensor) -> Tensor:
     """At which stage each example leaves, int64 [n]; sure: how sure each stage but the last is, float64 [n] each."""
     exits = torch.full((len(sure[0]),), len(sure), dtype=torch.int64)
     for place in reversed(range(len(sure))):
@@ -115,27 +116,23 @@ def _losses(metric: Metric, answers: Tensor, data: list[Any]) -> Tensor:
     return torch.cat([observe(metric, _Given(part), [batch]) for part, batch in parts])
 
 
-def _path(
-    sure: list[Tensor], losses: list[Tensor], metric: Metric, dense: Tensor, fit_on: Tensor, limit: float
-) -> list[dict[str, float]]:
+def _path(metric: Metric, losses: Tensor, sure: Tensor, limit: float) -> list[dict[str, float]]:
     """Thresholds from dense to sparse: every stage lets go at the same expected drop of an input that leaves.
 
     What an input is expected to lose falls with how sure its stage is (isotonic regression). Points are where the mean
-    drop over the fitting examples comes to the shares in SHARES of the limit.
+    drop over the examples, losses [stages, n] and sure [stages - 1, n], comes to the shares in SHARES of the limit.
     """
     expected = []
-    for place, how in enumerate(sure):
-        lost = metric.drops(dense[fit_on], losses[place][fit_on]).double().numpy()
-        expected.append(falling(how[fit_on].numpy(), lost))
+    for how, loss in zip(sure, losses[:-1], strict=True):
+        expected.append(falling(how.numpy(), metric.drops(losses[-1], loss).double().numpy()))
     prices = np.unique(np.concatenate([levels for _, levels in expected]))
     names = [f"stage {place}" for place in range(len(sure))]
     path: list[dict[str, float]] = []
     best: dict[float, dict[str, float]] = {}
     for price in prices:
         thresholds = [float(at[levels <= price].min(initial=NEVER)) for at, levels in expected]
-        exits = left_at(thresholds, sure)[fit_on]
-        chosen = torch.stack([loss[fit_on] for loss in losses]).gather(0, exits.unsqueeze(0)).squeeze(0)
-        mean = float(metric.drops(dense[fit_on], chosen).double().mean())
+        chosen = _chosen(losses, left_at(thresholds, sure))
+        mean = float(metric.drops(losses[-1], chosen).double().mean())
         for share in SHARES:
             if mean <= share * limit:
                 best[share] = dict(zip(names, thresholds, strict=True))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-Say = Callable[[str, float | None], None]
+from sparingly._progress import Say
 
 SOURCE = "A transformers folder, a .gguf file (or a folder with one), or module.path:callable, which gives a network."
 DATA = "Text (.txt, .md) or tensors (.pt, .safetensors, .npy)."

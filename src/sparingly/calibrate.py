@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparingly._calibrate_cascade import calibrate_cascade
 from sparingly._data import batches, call, data_hash, inputs, to_device
+from sparingly._progress import Say, silent
 from sparingly.contract import Contract
 from sparingly.convert import CONTRACT
 from sparingly.energy.machine import versions
@@ -35,13 +36,6 @@ SEARCHES, SEARCHED = 8, 12
 enough."""
 
 Settings = dict[str, int]
-
-Say = Callable[[str, float | None], None]
-"""Told what is being done, and the share done."""
-
-
-def _silent(what: str, share: float | None) -> None:
-    pass
 
 
 def costs(path_options: Mapping[str, Sequence[Option]], settings: Settings) -> tuple[float, float]:
@@ -126,12 +120,12 @@ def calibrate(
     if isinstance(model, Staged):
         if against is not None:
             raise ValueError("a cascade is held against its last stage: leave out against")
-        return calibrate_cascade(model, calibration, measured, max_drop, confidence, progress or _silent)
+        return calibrate_cascade(model, calibration, measured, max_drop, confidence, progress or silent)
     layers = needed_layers(model)
     promise = measured.promise(max_drop, confidence)
     examples = batches(calibration, size=4)
     fit_on, test_on = _split(examples)
-    tested = _Tested(measured, model, model if against is None else against, test_on, progress or _silent)
+    tested = _Tested(measured, model, model if against is None else against, test_on, progress or silent)
     promise.check(tested.n)
     before = {name: _state(layer) for name, layer in layers.items()}
     found: Walk | None = None

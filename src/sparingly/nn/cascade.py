@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparingly._data import call
 from sparingly.nn._modes import evaluating
 
 Stage = Callable[[Any], Any]
@@ -162,9 +163,8 @@ class Cascade(Staged):
 
     def stage_answers(self, inputs: Any) -> list[Tensor]:
         """See :meth:`Staged.stage_answers`; what a stage raises is passed on."""
-        count = length(inputs)
         with evaluating(self), torch.no_grad():
-            return [checked(answered(stage, inputs), count, place).cpu() for place, stage in enumerate(self.stages)]
+            return [asked(stage, inputs, place).cpu() for place, stage in enumerate(self.stages)]
 
     def _asked(self, place: int, given: Any, last: bool) -> Tensor | None:
         """What a stage answers; None if it raised and there is another."""
@@ -191,13 +191,18 @@ class Cascade(Staged):
 def answered(stage: Stage, inputs: Any) -> Any:
     """What a stage gives: probabilities, or of a network its softmax."""
     if isinstance(stage, nn.Module):
-        found: Any = stage(**inputs) if isinstance(inputs, Mapping) else stage(inputs)
+        found = call(stage, inputs)
         logits = getattr(found, "logits", found)
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             raise TypeError(f"a network must give logits [n, classes], got {type(logits).__name__}")
         return logits.float().softmax(dim=-1)
-    asked: Any = getattr(stage, "predict_proba", stage)
-    return asked(inputs)
+    given: Any = getattr(stage, "predict_proba", stage)
+    return given(inputs)
+
+
+def asked(stage: Stage, inputs: Any, place: int) -> Tensor:
+    """:func:`answered`, :func:`checked`."""
+    return checked(answered(stage, inputs), length(inputs), place)
 
 
 def checked(raw: Any, count: int, place: int) -> Tensor:

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparingly._data import call
 from sparingly._data import inputs as inputs_of
+from sparingly._progress import Say, silent
 from sparingly.nn._modes import evaluating
+from sparingly.nn._passes import run_passes
 from sparingly.nn.cascade import NEVER, Staged, checked, length
 
 
@@ -128,7 +131,7 @@ class ExitNetwork(Staged):
     def _through(self, run: Callable[[int, Tensor], Tensor], inputs: Any) -> Tensor:
         self._run = run
         try:
-            output = self.net(**inputs) if isinstance(inputs, dict) else self.net(inputs)
+            output = call(self.net, inputs)
         finally:
             self._run = None
         logits = getattr(output, "logits", output)
@@ -193,11 +196,9 @@ class ExitNetwork(Staged):
         self._told(exits.to(self.left.device))
         return out
 
-    def check_exits(self, inputs: Any) -> None:
-        """Raise ValueError unless every exit may let half of the batch go and the others' answers stay as they are."""
-        with evaluating(self), torch.no_grad():
-            logits, _ = self.collect(inputs)
-        whole = logits.float().softmax(dim=1)
+    def check_exits(self, inputs: Any, whole: Tensor) -> None:
+        """Raise ValueError unless every exit may let half of the batch go and the others' answers stay as they are:
+        ``whole``, the network's own probabilities [n, classes]."""
 
         def every_other(place: int, found: Tensor) -> Tensor:
             return torch.arange(len(found), device=found.device) % 2 == 0
@@ -251,7 +252,7 @@ def train_exits(
     epochs: int = 1,
     lr: float = 1e-3,
     freeze: bool = True,
-    progress: Callable[[str, float | None], None] | None = None,
+    progress: Say | None = None,
 ) -> list[float]:
     """Teach every exit what the network itself answers; no labels are needed. Returns the mean loss of each epoch.
 
@@ -276,15 +277,15 @@ def train_exits(
         raise ValueError("without freeze the network learns from targets: give batches (inputs, targets)")
     with evaluating(model), torch.no_grad():
         logits, hidden = model.collect(inputs_of(data[0]))
-        _probabilities(logits, len(model.heads))
+        whole = _probabilities(logits, len(model.heads))
     before = copy.deepcopy((model.heads.state_dict(), {} if freeze else model.net.state_dict()))
     fresh = [head.linear is None for head in model.heads]
     try:
         for head, part in zip(model.heads, hidden, strict=True):
             if head.linear is None:
                 head.make(part, logits.shape[1])
-        model.check_exits(inputs_of(data[0]))
-        return _train(model, data, epochs, lr, freeze, progress)
+        model.check_exits(inputs_of(data[0]), whole)
+        return _train(model, data, epochs, lr, freeze, progress or silent)
     except BaseException:
         for head, new in zip(model.heads, fresh, strict=True):
             if new:
@@ -296,41 +297,20 @@ def train_exits(
         raise
 
 
-def _train(
-    model: ExitNetwork,
-    data: list[Any],
-    epochs: int,
-    lr: float,
-    freeze: bool,
-    progress: Callable[[str, float | None], None] | None,
-) -> list[float]:
+def _train(model: ExitNetwork, data: list[Any], epochs: int, lr: float, freeze: bool, say: Say) -> list[float]:
     learning = list(model.heads.parameters()) + ([] if freeze else list(model.net.parameters()))
-    optimizer = torch.optim.AdamW(learning, lr=lr)
-    steps = epochs * len(data)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    losses, mode = [], model.net.training
+
+    def loss(batch: Any) -> Tensor:
+        with torch.set_grad_enabled(not freeze):
+            logits, hidden = model.collect(inputs_of(batch))
+        wanted = logits.detach().float().softmax(dim=1)
+        parts = [F.cross_entropy(head(one), wanted) for head, one in zip(model.heads, hidden, strict=True)]
+        of_exits = torch.stack(parts).mean()
+        return of_exits if freeze else of_exits + F.cross_entropy(logits.float(), batch[1])
+
+    mode = model.net.training
     model.net.train(not freeze)
     try:
-        for epoch in range(epochs):
-            total = 0.0
-            for place, batch in enumerate(data):
-                if progress is not None:
-                    progress("training exits", (epoch * len(data) + place) / steps)
-                with torch.set_grad_enabled(not freeze):
-                    logits, hidden = model.collect(inputs_of(batch))
-                wanted = logits.detach().float().softmax(dim=1)
-                parts = [F.cross_entropy(head(one), wanted) for head, one in zip(model.heads, hidden, strict=True)]
-                loss = torch.stack(parts).mean()
-                if not freeze:
-                    loss = loss + F.cross_entropy(logits.float(), batch[1])
-                if not torch.isfinite(loss):
-                    raise ValueError(f"the loss is {loss.item()} in batch {place}: look for NaN in inputs and weights")
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                total += float(loss.detach())
-            losses.append(total / len(data))
+        return run_passes(data, epochs, torch.optim.AdamW(learning, lr=lr), loss, say, "training exits")
     finally:
         model.net.train(mode)
-    return losses

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparingly._data import call
 from sparingly._data import inputs as inputs_of
+from sparingly._progress import Say, silent
 from sparingly.nn._modes import evaluating
-from sparingly.nn.cascade import Stage, answered, checked, length
+from sparingly.nn._passes import run_passes
+from sparingly.nn.cascade import Stage, asked
 from sparingly.optim import optimizer
 
 
@@ -57,7 +61,7 @@ def distill_scout(
     epochs: int = 5,
     lr: float = 2e-3,
     width: int = 64,
-    progress: Callable[[str, float | None], None] | None = None,
+    progress: Say | None = None,
 ) -> nn.Module:
     """Train a small network from a large one's answers; no labels are needed. For ``sparingly.Cascade([scout, net])``.
 
@@ -76,34 +80,25 @@ def distill_scout(
     data = [inputs_of(batch) for batch in batches]
     if not data or epochs < 1:
         raise ValueError(f"distill_scout needs at least 1 batch and 1 epoch, got {len(data)} and {epochs}")
-    say = progress or (lambda what, share: None)
-    wanted = []
+    say, wanted = progress or silent, []
     for place, given in enumerate(data):
         say("asking the large network", place / len(data))
         wanted.append(_answers(net, given))
-    scout = scout_for(data[0], wanted[0].shape[1], width) if scout is None else scout
-    optim = optimizer(scout, lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optim, epochs * len(data))
-    scout.train()
-    for epoch in range(epochs):
-        for place, (given, right) in enumerate(zip(data, wanted, strict=True)):
-            say("training the scout", (epoch + place / len(data)) / epochs)
-            logits = scout(**given) if isinstance(given, dict) else scout(given)
-            if logits.shape != right.shape:
-                raise ValueError(f"the scout must give logits {list(right.shape)}, got {list(logits.shape)}")
-            loss = F.cross_entropy(logits.float(), right.to(logits.device))
-            if not torch.isfinite(loss):
-                raise ValueError(f"the loss is {loss.item()} in batch {place}: look for NaN in inputs and weights")
-            optim.zero_grad()
-            loss.backward()
-            optim.step()
-            schedule.step()
-    return scout.eval()
+    trained = scout_for(data[0], wanted[0].shape[1], width) if scout is None else scout
+
+    def loss(batch: tuple[Any, Tensor]) -> Tensor:
+        given, right = batch
+        logits = call(trained, given)
+        if logits.shape != right.shape:
+            raise ValueError(f"the scout must give logits {list(right.shape)}, got {list(logits.shape)}")
+        return F.cross_entropy(logits.float(), right.to(logits.device))
+
+    trained.train()
+    pairs = list(zip(data, wanted, strict=True))
+    run_passes(pairs, epochs, optimizer(trained, lr=lr), loss, say, "training the scout")
+    return trained.eval()
 
 
 def _answers(net: Stage, given: Any) -> Tensor:
-    with torch.no_grad():
-        if isinstance(net, nn.Module):
-            with evaluating(net):
-                return checked(answered(net, given), length(given), 0)
-        return checked(answered(net, given), length(given), 0)
+    with evaluating(net) if isinstance(net, nn.Module) else nullcontext(), torch.no_grad():
+        return asked(net, given, 0)

@@ -189,11 +189,6 @@ class Ferns(Selector):
         parts = (self.first, self.second, self.cut.float(), self.blank)
         return [part[..., : self.setting].contiguous() for part in parts]
 
-    @property
-    def width(self) -> int:
-        """See :attr:`Selector.width`."""
-        return self.setting
-
     def settings(self) -> list[int]:
         """Numbers of ferns, cheapest first."""
         return [self.ferns >> shift for shift in range(self.ferns.bit_length() - 1, -1, -1)]

@@ -11,10 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from sparingly._progress import Say as Say
 from sparingly.energy.machine import commit, machine_info, versions
-
-Say = Callable[[str, float | None], None]
-"""``say(what is being done, share done in 0..1 or None)``."""
 
 
 def cache_folder() -> Path:

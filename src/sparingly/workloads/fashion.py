@@ -278,6 +278,11 @@ class Fashion:
         """Sizes of the dense networks."""
         return sorted({self.equal_units, *self.mode.sweep, self.mode.units})
 
+    @property
+    def dense(self) -> list[str]:
+        """Names of the dense networks, smallest first."""
+        return [f"dense {units}" for units in self.dense_units]
+
     @cached_property
     def equal_units(self) -> int:
         """Units of the dense network that makes as many multiplications as the selective one, rounded up."""
@@ -294,8 +299,7 @@ class Fashion:
     @property
     def others(self) -> list[str]:
         """Networks that stand beside the selective one and the dense ones."""
-        plain = ("selective", *(f"dense {units}" for units in self.dense_units))
-        return [name for name in self.makers if name not in plain]
+        return [name for name in self.makers if name not in ("selective", *self.dense)]
 
     @property
     def same_capacity(self) -> str:
@@ -361,9 +365,8 @@ class Fashion:
     def costs(self) -> dict[str, Any]:
         """Every dense network's cost of an answer beside the selective one's, one at a time and at its best batch."""
         rows = {}
-        names = [f"dense {units}" for units in self.dense_units]
-        for place, name in enumerate(names):
-            self.say("what each dense network costs", place / len(names))
+        for place, name in enumerate(self.dense):
+            self.say("what each dense network costs", place / len(self.dense))
             rows[name] = {"macs": self.macs(self.trained(name)), **self.cost(name)}
         return rows
 

@@ -15,8 +15,6 @@ from sparingly.ops.table_sums.reference import check_places
 
 BLOCK = 128
 """Tokens that pass a table together: their sums stay in the cache too."""
-
-
 TILE = 16
 
 
@@ -37,7 +35,7 @@ def _turn(ids, size, local):
                 known = row >= 0
                 inside = row - place * size if known else -1
                 count += known
-                wrong += (row < -1) | (inside < -1) | (inside >= size) | (known & (inside < 0))
+                wrong += (row < -1) | (inside >= size) | (known & (inside < 0))
                 local[place, token] = inside
     return -1 if wrong else count
 
