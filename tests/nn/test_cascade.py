@@ -15,6 +15,7 @@ import sparingly as sp
 from sparingly._calibrate_cascade import falling, left_at
 from sparingly.nn._leaving import FEATURES, KINDS, fit_learned, learned, sure_rows
 from sparingly.nn.cascade import MEASURES, NEVER
+from sparingly.nn.exits import ExitNetwork
 
 CLASSES = 3
 
@@ -289,3 +290,57 @@ def test_a_batch_of_one_is_asked_and_counted_like_any_other():
         torch.testing.assert_close(one(x[place : place + 1]), together[place : place + 1])
         assert one.exits.tolist() == whole.exits[place : place + 1].tolist()
     assert one.left.tolist() == whole.left.tolist() and 0 < int(one.left[0]) < 50
+
+
+class Deep(nn.Module):
+    """Two layers; the answer is clear after the first for most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.out = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+def with_exits() -> tuple[ExitNetwork, torch.Tensor, torch.Tensor]:
+    x, y = points(6000)
+    net = Deep()
+    optim = torch.optim.Adam(net.parameters(), lr=0.01)
+    for part, right in zip(x.split(500), y.split(500), strict=True):
+        optim.zero_grad()
+        nn.functional.cross_entropy(net(part), right).backward()
+        optim.step()
+    model = sp.add_exits_(net, at=["first"])
+    sp.train_exits(model, list(x.split(500)), epochs=5)
+    return model, x, y
+
+
+@pytest.mark.parametrize("measure", ["maximum", "learned"])
+def test_the_exits_of_the_last_stage_are_stages_too(measure):
+    model, x, y = with_exits()
+    model.measure = measure
+    made = cascade(Linear(1.5), model, measure=measure)
+    assert made.names == ["Linear", "first", "Deep"] and len(made.stage_answers(x[:7])) == 3
+    contract = sp.calibrate(made, (x, y), "accuracy", max_drop=0.05)
+    assert contract.holds and set(contract.setting or {}) == {"stage 0", "stage 1"}
+    answers = made.stage_answers(x)
+    sure = [made.sure(stage, place) for place, stage in enumerate(answers[:-1])]
+    made.thresholds.copy_(torch.stack([sure[0].quantile(0.6), sure[1].quantile(0.4)]))
+    out = made(x)
+    exits = left_at(made.thresholds.tolist(), sure)
+    assert torch.equal(made.exits, exits) and len(set(exits.tolist())) == 3
+    for place, stage in enumerate(answers):
+        torch.testing.assert_close(out[exits == place], stage[exits == place], atol=1e-5, rtol=1e-4)
+    assert made.left.tolist() == torch.bincount(exits, minlength=3).tolist()
+    assert [made(x[i : i + 1]).argmax() for i in range(20)] == out[:20].argmax(1).tolist()
+    assert len(sp.explain(made).stages) == 3
+
+
+def test_a_stage_with_exits_comes_last_and_measures_alike():
+    model, _, _ = with_exits()
+    with pytest.raises(ValueError, match="it must come last"):
+        sp.Cascade([model, Linear(0.0)])
+    with pytest.raises(ValueError, match="the cascade must have the same measure"):
+        sp.Cascade([Linear(0.0), model], measure="margin")

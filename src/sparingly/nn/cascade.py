@@ -120,7 +120,8 @@ class Cascade(Staged):
     Args:
         stages: at least two, the last one the network whose answers count. A ``torch.nn.Module`` gives logits (or has
             them in ``.logits``); what has ``predict_proba`` (scikit-learn) and any other callable gives probabilities,
-            as an array or tensor [n, classes].
+            as an array or tensor [n, classes]. The last one may have exits of its own (:func:`sparingly.add_exits_`):
+            its stages then are stages of the cascade, with thresholds from the same calibration.
         measure: how sure a stage is: "maximum" (of the probabilities), "margin" (largest minus second), "entropy", or
             "learned", the chance that its answer is as good as the last stage's, from all of these and the class that
             it answers: logistic regression, fitted by calibration.
@@ -140,7 +141,14 @@ class Cascade(Staged):
         for place, stage in enumerate(stages):
             if not (callable(stage) or hasattr(stage, "predict_proba")):
                 raise TypeError(f"stage {place} must be callable or have predict_proba, got {type(stage).__name__}")
-        super().__init__([getattr(stage, "__name__", type(stage).__name__) for stage in stages], measure)
+            if isinstance(stage, Staged) and (place < len(stages) - 1 or stage.measure != measure):
+                raise ValueError(
+                    f"stage {place} has exits of its own, by measure {stage.measure!r}: it must come last, and the "
+                    f"cascade must have the same measure, got {measure!r} and {len(stages)} stages"
+                )
+        names = [getattr(stage, "__name__", type(stage).__name__) for stage in stages]
+        inner = stages[-1] if isinstance(stages[-1], Staged) else None
+        super().__init__(names if inner is None else [*names[:-1], *inner.names], measure)
         self.stages = stages
         # Networks among them are submodules, so that .to(), .eval() and state_dict reach them.
         self.networks = nn.ModuleDict(
@@ -160,7 +168,7 @@ class Cascade(Staged):
         out: Tensor | None = None
         exits = waiting = torch.empty(0)
         left = 0
-        for place, threshold in enumerate([*self.thresholds.tolist(), -NEVER]):
+        for place, threshold in enumerate([*self.thresholds.tolist()[:last], -NEVER]):
             if threshold == NEVER:
                 continue
             given = inputs if not left else take(inputs, waiting)
@@ -173,15 +181,16 @@ class Cascade(Staged):
                     f"stages must agree on the classes: {out.shape[1]} before, {answers.shape[1]} of stage {place}"
                 )
             going = len(leaves) if place == last else int(leaves.sum())
+            at = place + self._inner.exits.cpu() if self._inner is not None and place == last else place
             if going == count:  # The usual end of a batch of one: nothing to put together.
-                self._all_left(count, place)
+                self._all_left(count, at)
                 return answers
             if out is None:
                 out = answers.new_zeros(count, answers.shape[1])
                 exits, waiting = torch.full((count,), last), torch.arange(count)
             ids = waiting[leaves]
             out[ids.to(out.device)] = answers[leaves.to(answers.device)].to(out.device)
-            exits[ids], waiting, left = place, waiting[~leaves], left + going
+            exits[ids], waiting, left = at, waiting[~leaves], left + going
             if left == count:
                 break
         assert out is not None
@@ -205,7 +214,10 @@ class Cascade(Staged):
             return answers, torch.ones(count, dtype=torch.bool)
         return answers, (self.sure(answers, place) >= threshold).cpu()
 
-    def _all_left(self, count: int, place: int) -> None:
+    def _all_left(self, count: int, place: int | Tensor) -> None:
+        if isinstance(place, Tensor):
+            self._told(place.to(self.left.device))
+            return
         self.exits = torch.from_numpy(np.full(count, place)).to(self.left.device)
         if self.left.is_cpu:
             self.left.numpy()[place] += count
@@ -215,11 +227,21 @@ class Cascade(Staged):
     def stage_answers(self, inputs: Any) -> list[Tensor]:
         """See :meth:`Staged.stage_answers`; what a stage raises is passed on."""
         with evaluating(self), torch.no_grad():
-            return [asked(stage, inputs, place).cpu() for place, stage in enumerate(self.stages)]
+            own = self.stages if self._inner is None else self.stages[:-1]
+            found = [asked(stage, inputs, place).cpu() for place, stage in enumerate(own)]
+            return found if self._inner is None else found + self._inner.stage_answers(inputs)
+
+    @property
+    def _inner(self) -> Staged | None:
+        """The last stage, if it has exits of its own."""
+        return self.stages[-1] if isinstance(self.stages[-1], Staged) else None
 
     def _asked(self, place: int, given: Any, last: bool) -> Any:
         """What a stage answers; None if it raised and there is another."""
         stage = self.stages[place]
+        if isinstance(stage, Staged):
+            stage.thresholds.copy_(self.thresholds[place:])
+            stage.weights = self.weights[place:].to(stage.weights.device)
         try:
             if not isinstance(stage, nn.Module):
                 return answered(stage, given)
@@ -237,6 +259,8 @@ def answered(stage: Stage, inputs: Any) -> Any:
     """What a stage gives: probabilities, or of a network its softmax."""
     if isinstance(stage, nn.Module):
         found = call(stage, inputs)
+        if isinstance(stage, Staged):
+            return found
         logits = getattr(found, "logits", found)
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             raise TypeError(f"a network must give logits [n, classes], got {type(logits).__name__}")
