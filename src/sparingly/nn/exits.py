@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -23,11 +24,15 @@ class _AllLeft(Exception):
 
 
 class ExitHead(nn.Module):
-    """Class scores from what a layer gives: the mean over its places, normed, then linear.
+    """Class scores from what a layer gives: means over its places, normed, then linear.
 
-    Sizes are those of the first batch: [n, channels, ...] of a convolutional layer, [n, tokens, channels] of a
-    sequence, or [n, channels].
+    Sizes are those of the first batch: [n, channels, height, width] of a convolutional layer, whose means are those of
+    at most GRID by GRID parts of the picture, [n, tokens, channels] of a sequence, or [n, channels].
     """
+
+    GRID = 4
+    """An early layer knows what is where, which one mean over the picture loses. Fashion-MNIST, right of what leaves
+    after the first of four layers: see docs/benchmark.md, fashion-cnn."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,10 +60,13 @@ class ExitHead(nn.Module):
 
     @staticmethod
     def pooled(hidden: Tensor) -> Tensor:
-        """[n, channels, height, width], [n, tokens, channels] or [n, channels] -> float32 [n, channels]."""
+        """[n, channels, height, width], [n, tokens, channels] or [n, channels] -> float32 [n, width of the head]."""
         if hidden.dim() == 3:
             return hidden.float().mean(dim=1)
-        return hidden.float().flatten(2).mean(dim=2) if hidden.dim() > 3 else hidden.float()
+        if hidden.dim() == 4:
+            part = [math.ceil(int(size) / ExitHead.GRID) for size in hidden.shape[2:]]
+            return F.avg_pool2d(hidden.float(), part, ceil_mode=True).flatten(1)
+        return hidden.float().flatten(2).mean(dim=2) if hidden.dim() > 4 else hidden.float()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden -> logits [n, classes]. Raises RuntimeError before it was trained."""
