@@ -227,3 +227,41 @@ def test_the_contract_is_broken_as_seldom_as_it_says():
     # Neither broken too often nor kept by doing nothing.
     assert broken <= 0.05 * runs + 3 * (0.05 * 0.95 * runs) ** 0.5
     assert 0.003 < np.mean(lost) < 0.02
+
+
+def net_with_exits() -> Any:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, CLASSES)).eval()
+    model = sp.add_exits_(net, at=["1", "3"])
+    sp.train_exits(model, points(400)[0].split(100), epochs=3, lr=1e-2)
+    return model
+
+
+@pytest.mark.parametrize("committee", [False, True])
+def test_exits_of_the_last_stage_are_stages(committee):
+    exits = net_with_exits()
+    made = sp.Cascade([Linear(2.0), Linear(1.0), exits], committee=committee)
+    assert made.names == ["Linear", "Linear", "1", "3", "Sequential"]
+    x, _ = points(300)
+    answers = made.stage_answers(x)
+    alone = [Linear(2.0)(x).softmax(1), Linear(1.0)(x).softmax(1), *exits.stage_answers(x)]
+    both = (alone[0] * alone[1] if committee else torch.ones(())) * torch.stack(alone[2:])
+    expected = [alone[0], alone[0] * alone[1] if committee else alone[1], *both]
+    for found, product in zip(answers, expected, strict=True):
+        torch.testing.assert_close(found, product / product.sum(1, keepdim=True), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made(x), answers[-1])
+    levels = torch.stack([answer.amax(1).quantile(0.8) for answer in answers[:-1]]).double()
+    made.thresholds.copy_(levels)
+    out = made(x)
+    assert torch.equal(made.exits, left_at(levels.tolist(), [made.sure(answer) for answer in answers[:-1]]))
+    assert len(made.exits.unique()) >= 4 and made.left.sum() == 600 and exits.left.sum() == 0
+    torch.testing.assert_close(out, torch.stack(answers)[made.exits, torch.arange(300)], rtol=1e-4, atol=1e-5)
+
+
+def test_a_committee_is_calibrated_against_all_of_it():
+    x, y = points(4000)
+    made = sp.Cascade([Linear(3.0), Linear(2.0), net_with_exits()], committee=True)
+    contract = sp.calibrate(made, (x, y), "accuracy", max_drop=0.03)
+    fresh, right = points(4000, 1)
+    whole, own = (found.argmax(1) == right for found in (made.stage_answers(fresh)[-1], made(fresh)))
+    assert contract.holds and float(whole.float().mean() - own.float().mean()) < 0.03

@@ -17,6 +17,9 @@ Stage = Callable[[Any], Any]
 NEVER = float("inf")
 """A threshold that nothing reaches."""
 
+LEAST = 1e-9
+"""Probabilities of 0 count as this much in a product."""
+
 
 def maximum(probabilities: Tensor) -> Tensor:
     """The largest probability, [n, classes] -> [n]."""
@@ -71,6 +74,13 @@ class Staged(nn.Module):
         """Every stage's probabilities of all inputs, float32 [n, classes] each, on the CPU."""
         raise NotImplementedError
 
+    def leaving(self, inputs: Any, thresholds: Tensor, said: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(Probabilities [n, classes], at which stage each input left, int64 [n]) with these thresholds, uncounted.
+
+        ``said``, float32 [n, classes]: log of what stages before these answered, which every answer is multiplied by.
+        """
+        raise NotImplementedError
+
     def sure(self, probabilities: Tensor) -> Tensor:
         """How sure of its answers a stage is: [n, classes] -> float64 [n]."""
         return MEASURES[self.measure](probabilities).double()
@@ -105,8 +115,12 @@ class Cascade(Staged):
     Args:
         stages: at least two, the last one the network whose answers count. A ``torch.nn.Module`` gives logits (or has
             them in ``.logits``); what has ``predict_proba`` (scikit-learn) and any other callable gives probabilities,
-            as an array or tensor [n, classes].
+            as an array or tensor [n, classes]. If the last one has exits (:func:`sparingly.add_exits_`), each of them
+            is a stage of the cascade, with a threshold in the cascade's own ``thresholds``.
         measure: how sure a stage is: "maximum" (of the probabilities), "margin" (largest minus second) or "entropy".
+        committee: what a stage answers is multiplied by what the models before it answered (a product of experts), and
+            so are the last one's answers, against which the contract is. Then no stage is left out before calibration.
+            The exits of one network are one model: of them only the one at which an input leaves counts.
 
     Viola, Jones, Rapid Object Detection using a Boosted Cascade of Simple Features, CVPR 2001; of networks: Wang and
     others, Wisdom of Committees, ICLR 2022::
@@ -116,15 +130,17 @@ class Cascade(Staged):
           Movshovitz-Attias, Yair and Eban, Elad}, booktitle={ICLR}, year={2022}}
     """
 
-    def __init__(self, stages: Sequence[Stage], *, measure: str = "maximum"):
+    def __init__(self, stages: Sequence[Stage], *, measure: str = "maximum", committee: bool = False):
         stages = list(stages)
         if len(stages) < 2:
             raise ValueError(f"a cascade needs at least 2 stages, got {len(stages)}")
         for place, stage in enumerate(stages):
             if not (callable(stage) or hasattr(stage, "predict_proba")):
                 raise TypeError(f"stage {place} must be callable or have predict_proba, got {type(stage).__name__}")
-        super().__init__([getattr(stage, "__name__", type(stage).__name__) for stage in stages], measure)
-        self.stages = stages
+        names = [getattr(stage, "__name__", type(stage).__name__) for stage in stages]
+        within = stages[-1].names if isinstance(stages[-1], Staged) else names[-1:]
+        super().__init__([*names[:-1], *within], measure)
+        self.stages, self.committee = stages, committee
         # Networks among them are submodules, so that .to(), .eval() and state_dict reach them.
         self.networks = nn.ModuleDict(
             {str(place): stage for place, stage in enumerate(stages) if isinstance(stage, nn.Module)}
@@ -136,35 +152,54 @@ class Cascade(Staged):
         ``exits``, int64 [n], then says at which stage each of them left. Raises ValueError if stages disagree on the
         number of classes, or give what are no probabilities, or NaN; what the last stage raises is passed on.
         """
-        count = length(inputs)
-        out, device = torch.empty(0), self.thresholds.device
-        exits = torch.full((count,), len(self.stages) - 1, device=device)
+        out, exits = self.leaving(inputs, self.thresholds)
+        self._told(exits)
+        return out
+
+    def leaving(self, inputs: Any, thresholds: Tensor, said: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Staged.leaving`."""
+        count, last = length(inputs), len(self.stages) - 1
+        out, device = torch.empty(0), thresholds.device
+        exits = torch.full((count,), len(self.names) - 1, device=device)
         waiting = torch.arange(count, device=device)
         with evaluating(self), torch.no_grad():
-            for place in range(len(self.stages)):
-                last = place == len(self.stages) - 1
-                if not last and float(self.thresholds[place]) == NEVER:
+            for place, stage in enumerate(self.stages):
+                if place < last and float(thresholds[place]) == NEVER and not self.committee:
                     continue
                 if not len(waiting):
                     break
                 given = inputs if len(waiting) == count else take(inputs, waiting)
-                found = self._asked(place, given, last)
-                if found is None:
-                    continue
-                out = self._room(out, found, count, place)
                 leaves = torch.ones(len(waiting), dtype=torch.bool, device=device)
-                if not last:
-                    leaves = self.sure(found).to(device) >= self.thresholds[place]
+                if place == last and isinstance(stage, Staged):
+                    found, within = stage.leaving(given, thresholds[place:], said)
+                    exits[waiting] = place + within.to(device)
+                else:
+                    found = self._asked(place, given, place == last)
+                    if found is None:
+                        continue
+                    found = found if said is None else multiplied(found, said)
+                    if place < last:
+                        leaves = self.sure(found).to(device) >= thresholds[place]
+                    exits[waiting[leaves]] = place
+                out = self._room(out, found, count, place)
                 out[waiting[leaves]] = found[leaves.to(found.device)].to(out.device)
-                exits[waiting[leaves]] = place
                 waiting = waiting[~leaves]
-        self._told(exits)
-        return out
+                stays = ~leaves.to(found.device)
+                said = found[stays].clamp_min(LEAST).log() if self.committee else said if said is None else said[stays]
+        return out, exits
 
     def stage_answers(self, inputs: Any) -> list[Tensor]:
         """See :meth:`Staged.stage_answers`; what a stage raises is passed on."""
+        answers: list[Tensor] = []
         with evaluating(self), torch.no_grad():
-            return [asked(stage, inputs, place).cpu() for place, stage in enumerate(self.stages)]
+            for place, stage in enumerate(self.stages):
+                within = isinstance(stage, Staged) and place == len(self.stages) - 1
+                found = stage.stage_answers(inputs) if within else [asked(stage, inputs, place).cpu()]
+                if self.committee and answers:
+                    said = answers[-1].clamp_min(LEAST).log()
+                    found = [multiplied(one, said) for one in found]
+                answers += found
+        return answers
 
     def _asked(self, place: int, given: Any, last: bool) -> Tensor | None:
         """What a stage answers; None if it raised and there is another."""
@@ -186,6 +221,14 @@ class Cascade(Staged):
                 f"stages must agree on the classes: {out.shape[1]} before, {found.shape[1]} of stage {place}"
             )
         return out
+
+
+def multiplied(found: Tensor, said: Tensor) -> Tensor:
+    """The product of probabilities [n, classes] and of those whose log is ``said``, with sum 1.
+
+    Hinton, Training Products of Experts by Minimizing Contrastive Divergence, Neural Computation 2002.
+    """
+    return (found.clamp_min(LEAST).log() + said.to(found.device)).softmax(dim=1)
 
 
 def answered(stage: Stage, inputs: Any) -> Any:

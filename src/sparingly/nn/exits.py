@@ -16,7 +16,7 @@ from sparingly._data import inputs as inputs_of
 from sparingly._progress import Say, silent
 from sparingly.nn._modes import evaluating
 from sparingly.nn._passes import run_passes
-from sparingly.nn.cascade import NEVER, Staged, checked, length
+from sparingly.nn.cascade import NEVER, Staged, checked, length, multiplied
 
 MASK = "attention_mask"
 """The input, of those that come by name, that is 1 at an example's own tokens and 0 at padding: [n, tokens]."""
@@ -211,18 +211,36 @@ class ExitNetwork(Staged):
     def forward(self, inputs: Any) -> Tensor:
         """inputs of the network, n examples -> probabilities float32 [n, classes]; ``exits`` says who left where."""
 
+        out, exits = self.leaving(inputs, self.thresholds)
+        self._told(exits.to(self.left.device))
+        return out
+
+    def leaving(self, inputs: Any, thresholds: Tensor, said: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Staged.leaving`."""
+
         def leaves(place: int, found: Tensor) -> Tensor:
-            return self.sure(found) >= self.thresholds[place].to(found.device)
+            return self.sure(found) >= thresholds[place].to(found.device)
 
-        open_exits = [place for place, value in enumerate(self.thresholds.tolist()) if value != NEVER]
-        return self._leaving(inputs, open_exits, leaves)
+        open_exits = [place for place, value in enumerate(thresholds.tolist()) if value != NEVER]
+        return self._leaving(inputs, open_exits, leaves, said)
 
-    def _leaving(self, inputs: Any, open_exits: Sequence[int], leaves: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Answers with those gone that ``leaves`` (exit, its probabilities) names, at the exits that are open."""
+    def _leaving(
+        self,
+        inputs: Any,
+        open_exits: Sequence[int],
+        leaves: Callable[[int, Tensor], Tensor],
+        said: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Answers, and who left where, with those gone that ``leaves`` (exit, its probabilities) names, at the exits
+        that are open."""
         count, last, mask = length(inputs), len(self.heads), _mask(inputs)
         answers: list[tuple[Tensor, Tensor]] = []
         exits = torch.full((count,), last)
         batch = _Batch(count)
+
+        def answer(logits: Tensor, place: int) -> Tensor:
+            found = _probabilities(logits, place)
+            return found if said is None else multiplied(found, said[batch.waiting.to(said.device)])
 
         def run(place: int, hidden: Tensor) -> Tensor:
             if place not in open_exits:
@@ -231,7 +249,7 @@ class ExitNetwork(Staged):
             if hidden.shape[0] != rows:
                 raise ValueError(f"the layer {self.names[place]!r} gives {hidden.shape[0]} rows for {rows} examples")
             its = None if mask is None else mask[batch.waiting.to(mask.device)]
-            found = _probabilities(self.heads[place](pooled(hidden, its)), place)
+            found = answer(self.heads[place](pooled(hidden, its)), place)
             going = leaves(place, found).cpu()
             gone = batch.leave(going)
             answers.append((gone, found[going.to(found.device)]))
@@ -248,7 +266,7 @@ class ExitNetwork(Staged):
                     raise ValueError(
                         f"the network gives {logits.shape[0]} rows for {len(batch.waiting)} examples that are left"
                     )
-                answers.append((batch.waiting, _probabilities(logits, last)))
+                answers.append((batch.waiting, answer(logits, last)))
             except _AllLeft:
                 pass
             finally:
@@ -256,8 +274,7 @@ class ExitNetwork(Staged):
         out = answers[0][1].new_zeros(count, answers[0][1].shape[1])
         for ids, found in answers:
             out[ids.to(out.device)] = found
-        self._told(exits.to(self.left.device))
-        return out
+        return out, exits
 
     def check_exits(self, inputs: Any, whole: Tensor) -> None:
         """Raise ValueError unless every exit may let half of the batch go and the others' answers stay as they are:
@@ -268,12 +285,10 @@ class ExitNetwork(Staged):
 
         for place, name in enumerate(self.names[:-1]):
             try:
-                found = self._leaving(inputs, [place], every_other)
+                found, exits = self._leaving(inputs, [place], every_other)
             except (RuntimeError, ValueError, IndexError) as error:
                 raise ValueError(f"nothing can leave at {name!r}: {error}") from error
-            finally:
-                self.reset_counts()
-            stayed = self.exits == len(self.heads)
+            stayed = exits == len(self.heads)
             if not torch.allclose(found[stayed], whole[stayed], atol=1e-3):
                 raise ValueError(
                     f"answers change when others leave at {name!r}: examples of a batch depend on one another there"
