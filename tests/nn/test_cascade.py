@@ -13,6 +13,7 @@ from torch import nn
 
 import sparingly as sp
 from sparingly._calibrate_cascade import falling, left_at
+from sparingly.nn._leaving import FEATURES, KINDS, fit_learned, learned, sure_rows
 from sparingly.nn.cascade import MEASURES, NEVER
 
 CLASSES = 3
@@ -150,7 +151,7 @@ def test_bad_stages():
         sp.Cascade([Recorder()])
     with pytest.raises(TypeError, match="stage 1 must be callable or have predict_proba, got int"):
         sp.Cascade([Recorder(), 3])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="measure must be one of maximum, margin, entropy"):
+    with pytest.raises(ValueError, match="measure must be one of maximum, margin, entropy, learned"):
         sp.Cascade([Recorder(), Recorder()], measure="hunch")
 
 
@@ -253,7 +254,9 @@ def test_exits_of_the_last_stage_are_stages(committee):
     levels = torch.stack([answer.amax(1).quantile(0.8) for answer in answers[:-1]]).double()
     made.thresholds.copy_(levels)
     out = made(x)
-    assert torch.equal(made.exits, left_at(levels.tolist(), [made.sure(answer) for answer in answers[:-1]]))
+    assert torch.equal(
+        made.exits, left_at(levels.tolist(), [made.sure(answer, place) for place, answer in enumerate(answers[:-1])])
+    )
     assert len(made.exits.unique()) >= 4 and made.left.sum() == 600 and exits.left.sum() == 0
     torch.testing.assert_close(out, torch.stack(answers)[made.exits, torch.arange(300)], rtol=1e-4, atol=1e-5)
 
@@ -265,3 +268,70 @@ def test_a_committee_is_calibrated_against_all_of_it():
     fresh, right = points(4000, 1)
     whole, own = (found.argmax(1) == right for found in (made.stage_answers(fresh)[-1], made(fresh)))
     assert contract.holds and float(whole.float().mean() - own.float().mean()) < 0.03
+
+
+def distributions(n: int, classes: int, sharpness: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(classes)
+    return (sharpness * torch.randn(n, classes, generator=generator)).softmax(dim=1)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 150])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compiled_pass_measures_as_pytorch_does(kind, classes):
+    given = distributions(40, classes)
+    given[0] = torch.eye(classes)[0]  # Zeros have no logarithm.
+    weights = torch.randn(FEATURES + classes, generator=torch.Generator().manual_seed(1)).double()
+    found = np.full(40, np.nan)
+    assert sure_rows(given.numpy(), KINDS.index(kind), weights.numpy(), found) == -1
+    wanted = learned(given, weights) if kind == "learned" else MEASURES[kind](given)
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -0.1, 2.0])
+def test_the_compiled_pass_names_the_first_bad_row(bad):
+    given = distributions(5, 4).numpy()
+    given[3, 2] = bad
+    assert sure_rows(given, 0, np.empty(0), np.empty(5)) == 3
+
+
+def test_the_learned_measure_knows_which_classes_can_be_relied_on():
+    """Stage 0 is right where it answers class 0 and guesses where it answers 1, equally sure of both."""
+    generator = torch.Generator().manual_seed(0)
+    answers = torch.tensor([[0.8, 0.2], [0.2, 0.8]]).repeat(500, 1)
+    good = torch.where(answers[:, 0] > 0.5, 1.0, torch.randint(2, (1000,), generator=generator).float())
+    sure = learned(answers, fit_learned(answers, good))
+    assert sure[0] > 0.95 and 0.4 < sure[1] < 0.6
+
+
+def test_the_learned_measure_is_calibrated_saved_and_needed():
+    x, y = points(6000)
+    made = cascade(Linear(1.5), Linear(0.0), measure="learned", thresholds=[0.5])
+    with pytest.raises(RuntimeError, match="knows 0 classes, not 3"):
+        made(x[:3])
+    made.thresholds.fill_(NEVER)
+    contract = sp.calibrate(made, (x, y), "accuracy", max_drop=0.02)
+    assert contract.holds and made.weights.shape == (1, FEATURES + CLASSES)
+    made(x)
+    left = made.left.tolist()
+    assert 0 < left[0] < 6000
+    other = cascade(Linear(1.5), Linear(0.0), measure="learned")
+    other.load_state_dict(made.state_dict())
+    other(x)
+    assert other.left.tolist() == left
+
+
+def test_a_batch_of_one_is_asked_and_counted_like_any_other():
+    x, _ = points(50)
+    whole = cascade(Linear(1.5), Linear(0.0), thresholds=[0.9])
+    one = cascade(Linear(1.5), Linear(0.0), thresholds=[0.9])
+    together = whole(x)
+    for place in range(50):
+        torch.testing.assert_close(one(x[place : place + 1]), together[place : place + 1])
+        assert one.exits.tolist() == whole.exits[place : place + 1].tolist()
+    assert one.left.tolist() == whole.left.tolist() and 0 < int(one.left[0]) < 50
+
+
+def test_only_the_last_stage_may_have_exits():
+    for stages in ([net_with_exits(), Linear(1.0)], [Linear(2.0), cascade(Linear(2.0), Linear(1.0))]):
+        with pytest.raises(TypeError, match="only the last stage may have exits"):
+            sp.Cascade(stages)

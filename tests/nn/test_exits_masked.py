@@ -107,7 +107,7 @@ def test_tensors_are_known_by_what_they_are_and_not_by_their_length():
     x = {"x": torch.randn(8, 4), "gate": torch.rand(8, 1)}
     model = sp.add_exits_(TwoGated(late=False), at=["a"])
     sp.train_exits(model, [x])
-    sure = model.sure(model.stage_answers(x)[0])
+    sure = model.sure(model.stage_answers(x)[0], 0)
     model.thresholds.fill_(float(sure.sort().values[2]))
     found = model(x)
     assert int((model.exits == 1).sum()) == 2

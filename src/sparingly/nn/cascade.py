@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparingly._data import call
+from sparingly.nn._leaving import FEATURES, KINDS, MEASURES, fit_learned, learned, sure_rows
 from sparingly.nn._modes import evaluating
 
 Stage = Callable[[Any], Any]
@@ -17,28 +18,7 @@ Stage = Callable[[Any], Any]
 NEVER = float("inf")
 """A threshold that nothing reaches."""
 
-LEAST = 1e-9
-"""Probabilities of 0 count as this much in a product."""
-
-
-def maximum(probabilities: Tensor) -> Tensor:
-    """The largest probability, [n, classes] -> [n]."""
-    return probabilities.amax(dim=1)
-
-
-def margin(probabilities: Tensor) -> Tensor:
-    """The largest probability minus the second, [n, classes] -> [n]."""
-    best = probabilities.topk(min(2, probabilities.shape[1]), dim=1).values
-    return best[:, 0] - best[:, -1] if best.shape[1] > 1 else best[:, 0]
-
-
-def entropy(probabilities: Tensor) -> Tensor:
-    """1 minus entropy ÷ its maximum, so that higher is surer, [n, classes] -> [n]."""
-    most = float(np.log(max(2, probabilities.shape[1])))
-    return 1 + torch.special.xlogy(probabilities, probabilities).sum(dim=1) / most
-
-
-MEASURES: dict[str, Callable[[Tensor], Tensor]] = {"maximum": maximum, "margin": margin, "entropy": entropy}
+_NO_WEIGHTS = np.empty(0)
 
 
 class Staged(nn.Module):
@@ -50,21 +30,24 @@ class Staged(nn.Module):
         left: int64 [stages], how many inputs have left where; ``expected``: how many did in calibration's test.
         failed: int64 [stages], how many inputs a stage was asked for when it raised; ``why_failed``: stage -> reason.
         exits: int64 [n], at which stage each input of the last call left.
+        weights: float64 [stages - 1, 5 + classes] of the measure "learned", fitted by calibration; empty before.
     """
 
     thresholds: Tensor
     expected: Tensor
     left: Tensor
     failed: Tensor
+    weights: Tensor
 
     def __init__(self, names: Sequence[str], measure: str):
         super().__init__()
-        if measure not in MEASURES:
-            raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
+        if measure not in KINDS:
+            raise ValueError(f"measure must be one of {', '.join(KINDS)}, got {measure!r}")
         self.names, self.measure = list(names), measure
         count = len(self.names)
         self.register_buffer("thresholds", torch.full((count - 1,), NEVER, dtype=torch.float64))
         self.register_buffer("expected", torch.zeros(count, dtype=torch.int64))
+        self.register_buffer("weights", torch.zeros(count - 1, 0, dtype=torch.float64))
         for name in ("left", "failed"):
             self.register_buffer(name, torch.zeros(count, dtype=torch.int64), persistent=False)
         self.why_failed: dict[int, str] = {}
@@ -74,16 +57,46 @@ class Staged(nn.Module):
         """Every stage's probabilities of all inputs, float32 [n, classes] each, on the CPU."""
         raise NotImplementedError
 
-    def leaving(self, inputs: Any, thresholds: Tensor, said: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(Probabilities [n, classes], at which stage each input left, int64 [n]) with these thresholds, uncounted.
+    def leaving(self, inputs: Any, by: Staged, first: int, said: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(Probabilities [n, classes], at which stage each input left, int64 [n]) as the last stage of a cascade.
 
-        ``said``, float32 [n, classes]: log of what stages before these answered, which every answer is multiplied by.
+        ``by``: whose thresholds count, from its stage ``first`` on. ``said``, float32 [n, classes]: log of what stages
+        before answered, which every answer is multiplied by. Counts nothing.
         """
         raise NotImplementedError
 
-    def sure(self, probabilities: Tensor) -> Tensor:
-        """How sure of its answers a stage is: [n, classes] -> float64 [n]."""
+    def sure(self, probabilities: Tensor, place: int) -> Tensor:
+        """How sure of its answers the stage at ``place`` is: [n, classes] -> float64 [n].
+
+        Raises RuntimeError for "learned" before calibration.
+        """
+        if self.measure == "learned":
+            return learned(probabilities, self._learned(place, probabilities.shape[1]).to(probabilities.device))
         return MEASURES[self.measure](probabilities).double()
+
+    def _learned(self, place: int, classes: int) -> Tensor:
+        """The weights of a stage."""
+        weights = self.weights[place]
+        if len(weights) != FEATURES + classes:
+            raise RuntimeError(
+                f"the learned measure knows {max(0, len(weights) - FEATURES)} classes, not {classes}: call "
+                "sparingly.calibrate(cascade, data, metric) first"
+            )
+        return weights
+
+    def fit_measure(self, answers: Sequence[Tensor], as_good: Sequence[Tensor]) -> None:
+        """Fit the learned measure; others have nothing to fit. Of every stage but the last: answers [n, classes], and
+        how sure it is, 0..1, that they are as good as the last stage's, [n]."""
+        if self.measure == "learned":
+            found = [fit_learned(answer, good) for answer, good in zip(answers, as_good, strict=True)]
+            self.weights = torch.stack(found).to(self.weights.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take on the size of what is learned first."""
+        weights = state_dict.get(f"{prefix}weights")
+        if weights is not None and weights.shape[:1] == self.weights.shape[:1]:
+            self.weights = weights.new_zeros(weights.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _told(self, exits: Tensor) -> None:
         self.exits = exits
@@ -117,9 +130,11 @@ class Cascade(Staged):
             them in ``.logits``); what has ``predict_proba`` (scikit-learn) and any other callable gives probabilities,
             as an array or tensor [n, classes]. If the last one has exits (:func:`sparingly.add_exits_`), each of them
             is a stage of the cascade, with a threshold in the cascade's own ``thresholds``.
-        measure: how sure a stage is: "maximum" (of the probabilities), "margin" (largest minus second) or "entropy".
+        measure: how sure a stage is: "maximum" (of the probabilities), "margin" (largest minus second), "entropy", or
+            "learned", the chance that its answer is as good as the last stage's, from all of these and the class that
+            it answers: logistic regression, fitted by calibration.
         committee: what a stage answers is multiplied by what the models before it answered (a product of experts), and
-            so are the last one's answers, against which the contract is. Then no stage is left out before calibration.
+            so are the last one's answers, against which the contract is. Then no model is left out before calibration.
             The exits of one network are one model: of them only the one at which an input leaves counts.
 
     Viola, Jones, Rapid Object Detection using a Boosted Cascade of Simple Features, CVPR 2001; of networks: Wang and
@@ -137,9 +152,10 @@ class Cascade(Staged):
         for place, stage in enumerate(stages):
             if not (callable(stage) or hasattr(stage, "predict_proba")):
                 raise TypeError(f"stage {place} must be callable or have predict_proba, got {type(stage).__name__}")
+            if isinstance(stage, Cascade) or (isinstance(stage, Staged) and stage is not stages[-1]):
+                raise TypeError(f"stage {place} is a {type(stage).__name__}: only the last stage may have exits")
         names = [getattr(stage, "__name__", type(stage).__name__) for stage in stages]
-        within = stages[-1].names if isinstance(stages[-1], Staged) else names[-1:]
-        super().__init__([*names[:-1], *within], measure)
+        super().__init__([*names[:-1], *getattr(stages[-1], "names", names[-1:])], measure)
         self.stages, self.committee = stages, committee
         # Networks among them are submodules, so that .to(), .eval() and state_dict reach them.
         self.networks = nn.ModuleDict(
@@ -152,83 +168,114 @@ class Cascade(Staged):
         ``exits``, int64 [n], then says at which stage each of them left. Raises ValueError if stages disagree on the
         number of classes, or give what are no probabilities, or NaN; what the last stage raises is passed on.
         """
-        out, exits = self.leaving(inputs, self.thresholds)
-        self._told(exits)
+        count, last = length(inputs), len(self.stages) - 1
+        if not count:
+            self.exits = torch.empty(0, dtype=torch.int64)
+            return torch.empty(0)
+        out = said = None
+        exits = waiting = torch.empty(0)
+        left = 0
+        for place, threshold in enumerate([*self.thresholds[:last].tolist(), -NEVER]):
+            if threshold == NEVER and not self.committee:
+                continue
+            given, stage, within = inputs if not left else take(inputs, waiting), self.stages[place], None
+            if isinstance(stage, Staged):
+                answers, within = stage.leaving(given, self, place, said)
+                leaves = torch.ones(count - left, dtype=torch.bool)
+            else:
+                found = self._asked(place, given, place == last)
+                if found is None:
+                    continue
+                if said is not None:
+                    found = multiplied(checked(found, count - left, place), said)
+                answers, leaves = self._leaving(place, found, count - left, threshold)
+            if out is not None and out.shape[1] != answers.shape[1]:
+                raise ValueError(
+                    f"stages must agree on the classes: {out.shape[1]} before, {answers.shape[1]} of stage {place}"
+                )
+            going = len(leaves) if place == last else int(leaves.sum())
+            if going == count and within is None:  # The usual end of a batch of one: nothing to put together.
+                self._all_left(count, place)
+                return answers
+            if out is None:
+                out = answers.new_zeros(count, answers.shape[1])
+                exits, waiting = torch.full((count,), last), torch.arange(count)
+            ids = waiting[leaves]
+            out[ids.to(out.device)] = answers[leaves.to(answers.device)].to(out.device)
+            exits[ids] = place if within is None else place + within
+            waiting, left = waiting[~leaves], left + going
+            if left == count:
+                break
+            if self.committee:
+                said = logarithm(answers[~leaves.to(answers.device)])
+        assert out is not None
+        self._told(exits.to(self.left.device))
         return out
 
-    def leaving(self, inputs: Any, thresholds: Tensor, said: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See :meth:`Staged.leaving`."""
-        count, last = length(inputs), len(self.stages) - 1
-        out, device = torch.empty(0), thresholds.device
-        exits = torch.full((count,), len(self.names) - 1, device=device)
-        waiting = torch.arange(count, device=device)
-        with evaluating(self), torch.no_grad():
-            for place, stage in enumerate(self.stages):
-                if place < last and float(thresholds[place]) == NEVER and not self.committee:
-                    continue
-                if not len(waiting):
-                    break
-                given = inputs if len(waiting) == count else take(inputs, waiting)
-                leaves = torch.ones(len(waiting), dtype=torch.bool, device=device)
-                if place == last and isinstance(stage, Staged):
-                    found, within = stage.leaving(given, thresholds[place:], said)
-                    exits[waiting] = place + within.to(device)
-                else:
-                    found = self._asked(place, given, place == last)
-                    if found is None:
-                        continue
-                    found = found if said is None else multiplied(found, said)
-                    if place < last:
-                        leaves = self.sure(found).to(device) >= thresholds[place]
-                    exits[waiting[leaves]] = place
-                out = self._room(out, found, count, place)
-                out[waiting[leaves]] = found[leaves.to(found.device)].to(out.device)
-                waiting = waiting[~leaves]
-                stays = ~leaves.to(found.device)
-                said = found[stays].clamp_min(LEAST).log() if self.committee else said if said is None else said[stays]
-        return out, exits
+    def _leaving(self, place: int, found: Any, count: int, threshold: float) -> tuple[Tensor, Tensor]:
+        """What a stage answered, checked, and who leaves, bool [n] on the CPU. One compiled pass where that is
+        possible, for at batch 1 the calls of some small operators cost more than a small stage."""
+        if isinstance(found, Tensor) and found.is_cpu and found.dtype == torch.float32:
+            found = found.detach().numpy()
+        plain = isinstance(found, np.ndarray) and found.dtype == np.float32 and found.flags.c_contiguous
+        if plain and found.ndim == 2 and found.shape[0] == count and found.shape[1]:
+            kind = 0 if threshold == -NEVER else KINDS.index(self.measure)
+            weights = self._learned(place, found.shape[1]).cpu().numpy() if kind == 3 else _NO_WEIGHTS
+            sure = np.empty(count)
+            if sure_rows(found, kind, weights, sure) < 0:
+                return torch.from_numpy(found), torch.from_numpy(sure >= threshold)
+        answers = checked(found, count, place)
+        if threshold == -NEVER:
+            return answers, torch.ones(count, dtype=torch.bool)
+        return answers, (self.sure(answers, place) >= threshold).cpu()
+
+    def _all_left(self, count: int, place: int) -> None:
+        self.exits = torch.from_numpy(np.full(count, place)).to(self.left.device)
+        if self.left.is_cpu:
+            self.left.numpy()[place] += count
+        else:
+            self.left[place] += count
 
     def stage_answers(self, inputs: Any) -> list[Tensor]:
         """See :meth:`Staged.stage_answers`; what a stage raises is passed on."""
         answers: list[Tensor] = []
         with evaluating(self), torch.no_grad():
             for place, stage in enumerate(self.stages):
-                within = isinstance(stage, Staged) and place == len(self.stages) - 1
+                within = isinstance(stage, Staged)
                 found = stage.stage_answers(inputs) if within else [asked(stage, inputs, place).cpu()]
                 if self.committee and answers:
-                    said = answers[-1].clamp_min(LEAST).log()
+                    said = logarithm(answers[-1])
                     found = [multiplied(one, said) for one in found]
                 answers += found
         return answers
 
-    def _asked(self, place: int, given: Any, last: bool) -> Tensor | None:
+    def _asked(self, place: int, given: Any, last: bool) -> Any:
         """What a stage answers; None if it raised and there is another."""
+        stage = self.stages[place]
         try:
-            raw = answered(self.stages[place], given)
+            if not isinstance(stage, nn.Module):
+                return answered(stage, given)
+            with evaluating(stage), torch.no_grad():
+                return answered(stage, given)
         except Exception as error:
             if last:
                 raise
             self.failed[place] += length(given)
             self.why_failed[place] = f"{type(error).__name__}: {error}"
             return None
-        return checked(raw, length(given), place)
 
-    def _room(self, out: Tensor, found: Tensor, count: int, place: int) -> Tensor:
-        if not out.numel():
-            return found.new_zeros(count, found.shape[1])
-        if out.shape[1] != found.shape[1]:
-            raise ValueError(
-                f"stages must agree on the classes: {out.shape[1]} before, {found.shape[1]} of stage {place}"
-            )
-        return out
+
+def logarithm(probabilities: Tensor) -> Tensor:
+    """Of probabilities, those of 0 taken as 1e-9."""
+    return probabilities.clamp_min(1e-9).log()
 
 
 def multiplied(found: Tensor, said: Tensor) -> Tensor:
-    """The product of probabilities [n, classes] and of those whose log is ``said``, with sum 1.
+    """The product of probabilities [n, classes] and of those whose logarithm is ``said``, with sum 1.
 
     Hinton, Training Products of Experts by Minimizing Contrastive Divergence, Neural Computation 2002.
     """
-    return (found.clamp_min(LEAST).log() + said.to(found.device)).softmax(dim=1)
+    return (logarithm(found) + said.to(found.device)).softmax(dim=1)
 
 
 def answered(stage: Stage, inputs: Any) -> Any:

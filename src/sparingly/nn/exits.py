@@ -211,18 +211,18 @@ class ExitNetwork(Staged):
     def forward(self, inputs: Any) -> Tensor:
         """inputs of the network, n examples -> probabilities float32 [n, classes]; ``exits`` says who left where."""
 
-        out, exits = self.leaving(inputs, self.thresholds)
+        out, exits = self.leaving(inputs, self, 0)
         self._told(exits.to(self.left.device))
         return out
 
-    def leaving(self, inputs: Any, thresholds: Tensor, said: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def leaving(self, inputs: Any, by: Staged, first: int, said: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Staged.leaving`."""
+        thresholds = by.thresholds[first:].tolist()
 
         def leaves(place: int, found: Tensor) -> Tensor:
-            return self.sure(found) >= thresholds[place].to(found.device)
+            return by.sure(found, first + place) >= thresholds[place]
 
-        open_exits = [place for place, value in enumerate(thresholds.tolist()) if value != NEVER]
-        return self._leaving(inputs, open_exits, leaves, said)
+        return self._leaving(inputs, [place for place, at in enumerate(thresholds) if at != NEVER], leaves, said)
 
     def _leaving(
         self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,9 +64,14 @@ def gather(model: Staged, inputs: Any, labels: Tensor, say: Say, batch: int = 25
     return Answers(model.names, [torch.cat(stage) for stage in zip(*parts, strict=True)], labels)
 
 
-def judge(answers: Answers, calibration: Tensor, test: Tensor, measure: str = "maximum") -> dict[str, Any]:
-    """Calibrate on some examples and test on others, ids int64 [n] each, that no stage was trained on: thresholds,
-    contract, accuracy, who leaves where, and how other splits of the same examples come out."""
+def judge(
+    answers: Answers, calibration: Tensor, test: Tensor, measure: str = "maximum"
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Calibrate on some examples and test on others, ids int64 [n] each, that no stage was trained on.
+
+    Returns thresholds, contract, accuracy, who leaves where and how other splits of the same examples come out; and
+    which of the test examples the cascade gets right, bool [n].
+    """
     model, contract = answers.calibrated(calibration, measure)
     own = model(test).argmax(1) == answers.labels[test]
     large = answers.right(-1)[test]
@@ -81,13 +87,14 @@ def judge(answers: Answers, calibration: Tensor, test: Tensor, measure: str = "m
             "examples": test[left.nonzero()[:EXAMPLES, 0]].tolist(),
         })  # fmt: skip
     return {
+        "n": len(test),
         "stages": stages,
         "selective": share(own.numpy()),
         "large": share(large.numpy()),
         "difference": difference(own.numpy(), large.numpy()),
         "contract": contract.as_dict(),
         "resplits": resplits(answers, torch.cat([calibration, test]), len(calibration), measure),
-    }
+    }, own.numpy()
 
 
 def resplits(answers: Answers, ids: Tensor, calibrating: int, measure: str = "maximum") -> dict[str, Any]:
@@ -205,3 +212,38 @@ def equal_quality(value: float, sweep: Iterable[dict[str, Any]]) -> dict[str, An
     best = min((row for row in rows if row["value"] >= value), key=lambda row: row["cpu_s"], default=None)
     reached = {} if best is None else {job: best[job] for job in JOBS}
     return {"dense": None if best is None else best["name"], **reached, "sweep": rows}
+
+
+def entry(
+    title: str,
+    metric: str,
+    found: Mapping[str, Any],
+    costs: Mapping[str, Any],
+    sweep: Sequence[dict[str, Any]],
+    incumbents: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The JSON's entry of a workload from what :func:`judge`, :func:`inference` and :func:`beside` gave.
+
+    ``found`` also says ``n``, how many examples tested; ``incumbents``: rows of the sweep that one would use instead.
+    """
+    rows = {row["name"]: row for row in sweep}
+    others = {name: rows[name] for name in incumbents}
+    one = costs["batch_1"]
+    return {
+        "title": title,
+        "quality": {
+            "metric": metric,
+            "n": found["n"],
+            "selective": found["selective"] | {"cpu_s": one["selective_cpu_s"]},
+            "large": found["large"] | {"cpu_s": one["dense_cpu_s"]},
+            "incumbents": {
+                name: {key: row[key] for key in ("value", "lo", "hi", "cpu_s")} for name, row in others.items()
+            },
+            "differences": {"large": found["difference"], **{name: row["difference"] for name, row in others.items()}},
+        },
+        "inference": dict(costs),
+        "equal_quality": equal_quality(found["selective"]["value"], sweep),
+        "contract": found["contract"],
+        "stages": found["stages"],
+        "resplits": found["resplits"],
+    }
