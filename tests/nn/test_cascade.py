@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import sparingly as sp
-from sparingly._calibrate_cascade import falling, left_at
+from sparingly._calibrate_cascade import _path, falling, left_at
+from sparingly.metrics import accuracy
 from sparingly.nn._leaving import FEATURES, KINDS, fit_learned, learned, sure_rows
 from sparingly.nn.cascade import MEASURES, NEVER
 
@@ -335,3 +336,13 @@ def test_only_the_last_stage_may_have_exits():
     for stages in ([net_with_exits(), Linear(1.0)], [Linear(2.0), cascade(Linear(2.0), Linear(1.0))]):
         with pytest.raises(TypeError, match="only the last stage may have exits"):
             sp.Cascade(stages)
+
+
+def test_a_path_begins_with_few_that_leave():
+    x, y = points(800)
+    answers = cascade(Linear(2.0), Linear(0.0)).stage_answers(x)
+    losses = torch.stack([(answer.argmax(1) != y).double() for answer in answers])
+    sure = answers[0].amax(1).double().unsqueeze(0)
+    path = [point["stage 0"] for point in _path(accuracy, losses, sure, 0.2)]
+    left = [float((sure >= at).double().mean()) for at in path]
+    assert left == sorted(left) and left[0] < 0.25 * left[-1]
