@@ -57,6 +57,14 @@ class Staged(nn.Module):
         """Every stage's probabilities of all inputs, float32 [n, classes] each, on the CPU."""
         raise NotImplementedError
 
+    def leaving(self, inputs: Any, by: Staged, first: int, said: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(Probabilities [n, classes], at which stage each input left, int64 [n]) as the last stage of a cascade.
+
+        ``by``: whose thresholds count, from its stage ``first`` on. ``said``, float32 [n, classes]: log of what stages
+        before answered, which every answer is multiplied by. Counts nothing.
+        """
+        raise NotImplementedError
+
     def sure(self, probabilities: Tensor, place: int) -> Tensor:
         """How sure of its answers the stage at ``place`` is: [n, classes] -> float64 [n].
 
@@ -120,11 +128,14 @@ class Cascade(Staged):
     Args:
         stages: at least two, the last one the network whose answers count. A ``torch.nn.Module`` gives logits (or has
             them in ``.logits``); what has ``predict_proba`` (scikit-learn) and any other callable gives probabilities,
-            as an array or tensor [n, classes]. The last one may have exits of its own (:func:`sparingly.add_exits_`):
-            its stages then are stages of the cascade, with thresholds from the same calibration.
+            as an array or tensor [n, classes]. If the last one has exits (:func:`sparingly.add_exits_`), each of them
+            is a stage of the cascade, with a threshold in the cascade's own ``thresholds``.
         measure: how sure a stage is: "maximum" (of the probabilities), "margin" (largest minus second), "entropy", or
             "learned", the chance that its answer is as good as the last stage's, from all of these and the class that
             it answers: logistic regression, fitted by calibration.
+        committee: what a stage answers is multiplied by what the models before it answered (a product of experts), and
+            so are the last one's answers, against which the contract is. Then no model is left out before calibration.
+            The exits of one network are one model: of them only the one at which an input leaves counts.
 
     Viola, Jones, Rapid Object Detection using a Boosted Cascade of Simple Features, CVPR 2001; of networks: Wang and
     others, Wisdom of Committees, ICLR 2022::
@@ -134,22 +145,18 @@ class Cascade(Staged):
           Movshovitz-Attias, Yair and Eban, Elad}, booktitle={ICLR}, year={2022}}
     """
 
-    def __init__(self, stages: Sequence[Stage], *, measure: str = "maximum"):
+    def __init__(self, stages: Sequence[Stage], *, measure: str = "maximum", committee: bool = False):
         stages = list(stages)
         if len(stages) < 2:
             raise ValueError(f"a cascade needs at least 2 stages, got {len(stages)}")
         for place, stage in enumerate(stages):
             if not (callable(stage) or hasattr(stage, "predict_proba")):
                 raise TypeError(f"stage {place} must be callable or have predict_proba, got {type(stage).__name__}")
-            if isinstance(stage, Staged) and (place < len(stages) - 1 or stage.measure != measure):
-                raise ValueError(
-                    f"stage {place} has exits of its own, by measure {stage.measure!r}: it must come last, and the "
-                    f"cascade must have the same measure, got {measure!r} and {len(stages)} stages"
-                )
+            if isinstance(stage, Cascade) or (isinstance(stage, Staged) and stage is not stages[-1]):
+                raise TypeError(f"stage {place} is a {type(stage).__name__}: only the last stage may have exits")
         names = [getattr(stage, "__name__", type(stage).__name__) for stage in stages]
-        inner = stages[-1] if isinstance(stages[-1], Staged) else None
-        super().__init__(names if inner is None else [*names[:-1], *inner.names], measure)
-        self.stages = stages
+        super().__init__([*names[:-1], *getattr(stages[-1], "names", names[-1:])], measure)
+        self.stages, self.committee = stages, committee
         # Networks among them are submodules, so that .to(), .eval() and state_dict reach them.
         self.networks = nn.ModuleDict(
             {str(place): stage for place, stage in enumerate(stages) if isinstance(stage, nn.Module)}
@@ -165,34 +172,42 @@ class Cascade(Staged):
         if not count:
             self.exits = torch.empty(0, dtype=torch.int64)
             return torch.empty(0)
-        out: Tensor | None = None
+        out = said = None
         exits = waiting = torch.empty(0)
         left = 0
-        for place, threshold in enumerate([*self.thresholds.tolist()[:last], -NEVER]):
-            if threshold == NEVER:
+        for place, threshold in enumerate([*self.thresholds[:last].tolist(), -NEVER]):
+            if threshold == NEVER and not self.committee:
                 continue
-            given = inputs if not left else take(inputs, waiting)
-            found = self._asked(place, given, place == last)
-            if found is None:
-                continue
-            answers, leaves = self._leaving(place, found, count - left, threshold)
+            given, stage, within = inputs if not left else take(inputs, waiting), self.stages[place], None
+            if isinstance(stage, Staged):
+                answers, within = stage.leaving(given, self, place, said)
+                leaves = torch.ones(count - left, dtype=torch.bool)
+            else:
+                found = self._asked(place, given, place == last)
+                if found is None:
+                    continue
+                if said is not None:
+                    found = multiplied(checked(found, count - left, place), said)
+                answers, leaves = self._leaving(place, found, count - left, threshold)
             if out is not None and out.shape[1] != answers.shape[1]:
                 raise ValueError(
                     f"stages must agree on the classes: {out.shape[1]} before, {answers.shape[1]} of stage {place}"
                 )
             going = len(leaves) if place == last else int(leaves.sum())
-            at = place + self._inner.exits.cpu() if self._inner is not None and place == last else place
-            if going == count:  # The usual end of a batch of one: nothing to put together.
-                self._all_left(count, at)
+            if going == count and within is None:  # The usual end of a batch of one: nothing to put together.
+                self._all_left(count, place)
                 return answers
             if out is None:
                 out = answers.new_zeros(count, answers.shape[1])
                 exits, waiting = torch.full((count,), last), torch.arange(count)
             ids = waiting[leaves]
             out[ids.to(out.device)] = answers[leaves.to(answers.device)].to(out.device)
-            exits[ids], waiting, left = at, waiting[~leaves], left + going
+            exits[ids] = place if within is None else place + within
+            waiting, left = waiting[~leaves], left + going
             if left == count:
                 break
+            if self.committee:
+                said = logarithm(answers[~leaves.to(answers.device)])
         assert out is not None
         self._told(exits.to(self.left.device))
         return out
@@ -214,10 +229,7 @@ class Cascade(Staged):
             return answers, torch.ones(count, dtype=torch.bool)
         return answers, (self.sure(answers, place) >= threshold).cpu()
 
-    def _all_left(self, count: int, place: int | Tensor) -> None:
-        if isinstance(place, Tensor):
-            self._told(place.to(self.left.device))
-            return
+    def _all_left(self, count: int, place: int) -> None:
         self.exits = torch.from_numpy(np.full(count, place)).to(self.left.device)
         if self.left.is_cpu:
             self.left.numpy()[place] += count
@@ -226,22 +238,20 @@ class Cascade(Staged):
 
     def stage_answers(self, inputs: Any) -> list[Tensor]:
         """See :meth:`Staged.stage_answers`; what a stage raises is passed on."""
+        answers: list[Tensor] = []
         with evaluating(self), torch.no_grad():
-            own = self.stages if self._inner is None else self.stages[:-1]
-            found = [asked(stage, inputs, place).cpu() for place, stage in enumerate(own)]
-            return found if self._inner is None else found + self._inner.stage_answers(inputs)
-
-    @property
-    def _inner(self) -> Staged | None:
-        """The last stage, if it has exits of its own."""
-        return self.stages[-1] if isinstance(self.stages[-1], Staged) else None
+            for place, stage in enumerate(self.stages):
+                within = isinstance(stage, Staged)
+                found = stage.stage_answers(inputs) if within else [asked(stage, inputs, place).cpu()]
+                if self.committee and answers:
+                    said = logarithm(answers[-1])
+                    found = [multiplied(one, said) for one in found]
+                answers += found
+        return answers
 
     def _asked(self, place: int, given: Any, last: bool) -> Any:
         """What a stage answers; None if it raised and there is another."""
         stage = self.stages[place]
-        if isinstance(stage, Staged):
-            stage.thresholds.copy_(self.thresholds[place:])
-            stage.weights = self.weights[place:].to(stage.weights.device)
         try:
             if not isinstance(stage, nn.Module):
                 return answered(stage, given)
@@ -255,12 +265,23 @@ class Cascade(Staged):
             return None
 
 
+def logarithm(probabilities: Tensor) -> Tensor:
+    """Of probabilities, those of 0 taken as 1e-9."""
+    return probabilities.clamp_min(1e-9).log()
+
+
+def multiplied(found: Tensor, said: Tensor) -> Tensor:
+    """The product of probabilities [n, classes] and of those whose logarithm is ``said``, with sum 1.
+
+    Hinton, Training Products of Experts by Minimizing Contrastive Divergence, Neural Computation 2002.
+    """
+    return (logarithm(found) + said.to(found.device)).softmax(dim=1)
+
+
 def answered(stage: Stage, inputs: Any) -> Any:
     """What a stage gives: probabilities, or of a network its softmax."""
     if isinstance(stage, nn.Module):
         found = call(stage, inputs)
-        if isinstance(stage, Staged):
-            return found
         logits = getattr(found, "logits", found)
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             raise TypeError(f"a network must give logits [n, classes], got {type(logits).__name__}")

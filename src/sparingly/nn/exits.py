@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,33 +17,95 @@ from sparingly._data import inputs as inputs_of
 from sparingly._progress import Say, silent
 from sparingly.nn._modes import evaluating
 from sparingly.nn._passes import run_passes
-from sparingly.nn.cascade import NEVER, Staged, checked, length
+from sparingly.nn.cascade import NEVER, Staged, checked, length, multiplied
+
+MASK = "attention_mask"
+"""The input, of those that come by name, that is 1 at an example's own tokens and 0 at padding: [n, tokens]."""
 
 
 class _AllLeft(Exception):
     """Nothing is left to compute."""
 
 
-class ExitHead(nn.Module):
-    """Class scores from what a layer gives: means over its places, normed, then linear.
+class _Batch:
+    """A batch some of which have left; what layers before an exit were given as well as later ones is cut to the rest.
 
-    Sizes are those of the first batch: [n, channels, height, width] of a convolutional layer, whose means are those of
-    at most GRID by GRID parts of the picture, [n, tokens, channels] of a sequence, or [n, channels].
+    An encoder gives every layer the same attention mask, as long as the batch was at first. Such a tensor is known by
+    its identity, not by its length: what comes out of a layer behind the exit may happen to be as long.
+
+    Attributes:
+        waiting: int64 [m], which examples are left.
     """
 
-    GRID = 4
-    """An early layer knows what is where, which one mean over the picture loses. Fashion-MNIST, right of what leaves
-    after the first of four layers: see docs/benchmark.md, fashion-cnn."""
+    def __init__(self, count: int):
+        self.count, self.waiting = count, torch.arange(count)
+        self._whole: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self._cut: dict[int, Tensor] = {}
+
+    def leave(self, going: Tensor) -> Tensor:
+        """going bool [m], on the CPU -> which examples these are."""
+        left, self.waiting = self.waiting[going], self.waiting[~going]
+        self._cut.clear()
+        return left
+
+    def given(self, value: Any) -> Any:
+        """What a layer is given, nested in tuples, lists and dicts -> the same for those that are left."""
+        if isinstance(value, Tensor):
+            return self._rest(value)
+        if type(value) is dict:
+            return {name: self.given(part) for name, part in value.items()}
+        return type(value)(map(self.given, value)) if type(value) in (tuple, list) else value
+
+    def _rest(self, tensor: Tensor) -> Tensor:
+        if len(self.waiting) == self.count:
+            if tensor.dim() and len(tensor) == self.count:
+                self._whole[id(tensor)] = tensor
+            return tensor
+        if self._whole.get(id(tensor)) is not tensor:
+            return tensor
+        if id(tensor) not in self._cut:
+            self._cut[id(tensor)] = tensor[self.waiting.to(tensor.device)]
+        return self._cut[id(tensor)]
+
+
+GRID = 4
+"""Parts of a picture's height and width that exits tell apart: an early layer knows what is where, which one mean over
+the picture would lose."""
+
+
+def pooled(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Means over places, float32: [n, tokens, channels] or [n, channels] -> [n, channels], and of pictures
+    [n, channels, height, width] -> [n, channels * parts], of at most GRID by GRID parts of each.
+
+    mask [n, tokens]: 1 for tokens that count, 0 for padding.
+    """
+    if hidden.dim() == 4:
+        part = [math.ceil(int(size) / GRID) for size in hidden.shape[2:]]
+        return F.avg_pool2d(hidden.float(), part, ceil_mode=True).flatten(1)
+    if hidden.dim() != 3:
+        return hidden.float().flatten(2).mean(dim=2) if hidden.dim() > 4 else hidden.float()
+    if mask is None or mask.shape != hidden.shape[:2]:
+        return hidden.float().mean(dim=1)
+    weights = mask.to(hidden.device).float().unsqueeze(2)
+    return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1.0)
+
+
+def _mask(inputs: Any) -> Tensor | None:
+    mask = inputs.get(MASK) if isinstance(inputs, Mapping) else None
+    return mask if isinstance(mask, Tensor) else None
+
+
+class ExitHead(nn.Module):
+    """Class scores from what a layer gives, :func:`pooled`: normed, then linear. Sizes are those of the first batch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm: nn.LayerNorm | None = None
         self.linear: nn.Linear | None = None
 
-    def make(self, hidden: Tensor, classes: int) -> None:
-        """Give it the sizes of ``hidden``."""
-        width = self.pooled(hidden).shape[1]
-        self._sized(width, classes, hidden.device)
+    def make(self, pooled: Tensor, classes: int) -> None:
+        """Give it the sizes of ``pooled`` [n, channels]."""
+        self._sized(pooled.shape[1], classes, pooled.device)
 
     def _sized(self, width: int, classes: int, device: torch.device) -> None:
         self.norm, self.linear = nn.LayerNorm(width).to(device), nn.Linear(width, classes).to(device)
@@ -58,29 +121,22 @@ class ExitHead(nn.Module):
             self._sized(weight.shape[1], weight.shape[0], weight.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    @staticmethod
-    def pooled(hidden: Tensor) -> Tensor:
-        """[n, channels, height, width], [n, tokens, channels] or [n, channels] -> float32 [n, width of the head]."""
-        if hidden.dim() == 3:
-            return hidden.float().mean(dim=1)
-        if hidden.dim() == 4:
-            part = [math.ceil(int(size) / ExitHead.GRID) for size in hidden.shape[2:]]
-            return F.avg_pool2d(hidden.float(), part, ceil_mode=True).flatten(1)
-        return hidden.float().flatten(2).mean(dim=2) if hidden.dim() > 4 else hidden.float()
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden -> logits [n, classes]. Raises RuntimeError before it was trained."""
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[n, channels] -> logits [n, classes]. Raises RuntimeError before it was trained."""
         if self.norm is None or self.linear is None:
             raise RuntimeError("exits are not trained: call sparingly.train_exits(model, batches) first")
-        return self.linear(self.norm(self.pooled(hidden)))
+        return self.linear(self.norm(pooled))
 
 
 class ExitNetwork(Staged):
     """A classifier whose inputs may leave at some of its layers; made by :func:`add_exits_`.
 
     At a layer with an exit, those that are sure enough leave, and what goes on is only the others' part of the batch;
-    where all have left, the rest of the network does not run. Everything that flows on must come out of that layer:
-    a connection or mask that passes by an exit keeps its old length, and :func:`sparingly.train_exits` refuses it.
+    where all have left, the rest of the network does not run. A tensor that layers before an exit were given as well as
+    later ones, such as an attention mask, is cut to the others' part too. Anything else that flows on must come out of
+    the layer with the exit: a connection that passes it by keeps its old length, and :func:`sparingly.train_exits`
+    refuses it. Where inputs come by name and "attention_mask" [n, tokens] is among them, exits pool over tokens whose
+    mask is 1.
 
     Attributes:
         net: the network itself; ``heads``: a head for each exit.
@@ -98,8 +154,14 @@ class ExitNetwork(Staged):
         # Names with dots are no keys of a ModuleDict.
         self.heads: Any = nn.ModuleList(ExitHead() for _ in at)
         self._run: Callable[[int, Tensor], Tensor] | None = None
+        self._batch: _Batch | None = None
         for place, name in enumerate(at):
             modules[name].register_forward_hook(self._hook(place))
+        for module in modules.values():
+            module.register_forward_pre_hook(self._given, with_kwargs=True)
+
+    def _given(self, module: nn.Module, args: Any, named: Any) -> Any:
+        return None if self._batch is None else (self._batch.given(args), self._batch.given(named))
 
     def _hook(self, place: int) -> Callable[..., Any]:
         def hook(module: nn.Module, given: Any, output: Any) -> Any:
@@ -119,15 +181,16 @@ class ExitNetwork(Staged):
         raise TypeError("a network with exits holds hooks on its layers: copy the network, then add_exits_ to the copy")
 
     def collect(self, inputs: Any) -> tuple[Tensor, list[Tensor]]:
-        """The network's own logits [n, classes] and what each layer with an exit gave."""
+        """The network's own logits [n, classes] and what each layer with an exit gave, pooled: [n, channels] each."""
         seen: dict[int, Tensor] = {}
+        mask = _mask(inputs)
 
         def run(place: int, hidden: Tensor) -> Tensor:
             if place in seen:
                 raise ValueError(
                     f"the layer {self.names[place]!r} runs more than once: an exit needs one that runs once"
                 )
-            seen[place] = hidden
+            seen[place] = pooled(hidden, mask)
             return hidden
 
         logits = self._through(run, inputs)
@@ -158,51 +221,70 @@ class ExitNetwork(Staged):
     def forward(self, inputs: Any) -> Tensor:
         """inputs of the network, n examples -> probabilities float32 [n, classes]; ``exits`` says who left where."""
 
+        out, exits = self.leaving(inputs, self, 0)
+        self._told(exits.to(self.left.device))
+        return out
+
+    def leaving(self, inputs: Any, by: Staged, first: int, said: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Staged.leaving`."""
+        thresholds = by.thresholds[first:].tolist()
+
         def leaves(place: int, found: Tensor) -> Tensor:
-            return self.sure(found, place) >= self.thresholds[place].to(found.device)
+            return by.sure(found, first + place) >= thresholds[place]
 
-        open_exits = [place for place, value in enumerate(self.thresholds.tolist()) if value != NEVER]
-        return self._leaving(inputs, open_exits, leaves)
+        return self._leaving(inputs, [place for place, at in enumerate(thresholds) if at != NEVER], leaves, said)
 
-    def _leaving(self, inputs: Any, open_exits: Sequence[int], leaves: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Answers with those gone that ``leaves`` (exit, its probabilities) names, at the exits that are open."""
-        count, last = length(inputs), len(self.heads)
+    def _leaving(
+        self,
+        inputs: Any,
+        open_exits: Sequence[int],
+        leaves: Callable[[int, Tensor], Tensor],
+        said: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Answers, and who left where, with those gone that ``leaves`` (exit, its probabilities) names, at the exits
+        that are open."""
+        count, last, mask = length(inputs), len(self.heads), _mask(inputs)
         answers: list[tuple[Tensor, Tensor]] = []
         exits = torch.full((count,), last)
-        waiting = torch.arange(count)
+        batch = _Batch(count)
+
+        def answer(logits: Tensor, place: int) -> Tensor:
+            found = _probabilities(logits, place)
+            return found if said is None else multiplied(found, said[batch.waiting.to(said.device)])
 
         def run(place: int, hidden: Tensor) -> Tensor:
-            nonlocal waiting
             if place not in open_exits:
                 return hidden
-            if hidden.shape[0] != len(waiting):
-                raise ValueError(
-                    f"the layer {self.names[place]!r} gives {hidden.shape[0]} rows for {len(waiting)} examples"
-                )
-            found = _probabilities(self.heads[place](hidden), place)
+            rows = len(batch.waiting)
+            if hidden.shape[0] != rows:
+                raise ValueError(f"the layer {self.names[place]!r} gives {hidden.shape[0]} rows for {rows} examples")
+            its = None if mask is None else mask[batch.waiting.to(mask.device)]
+            found = answer(self.heads[place](pooled(hidden, its)), place)
             going = leaves(place, found).cpu()
-            answers.append((waiting[going], found[going.to(found.device)]))
-            exits[waiting[going]] = place
-            waiting = waiting[~going]
-            if not len(waiting):
+            gone = batch.leave(going)
+            answers.append((gone, found[going.to(found.device)]))
+            exits[gone] = place
+            if not len(batch.waiting):
                 raise _AllLeft
-            return hidden[~going.to(hidden.device)] if going.any() else hidden
+            return hidden[~going.to(hidden.device)] if len(gone) else hidden
 
         with evaluating(self), torch.no_grad():
             try:
+                self._batch = batch
                 logits = self._through(run, inputs)
-                if logits.shape[0] != len(waiting):
+                if logits.shape[0] != len(batch.waiting):
                     raise ValueError(
-                        f"the network gives {logits.shape[0]} rows for {len(waiting)} examples that are left"
+                        f"the network gives {logits.shape[0]} rows for {len(batch.waiting)} examples that are left"
                     )
-                answers.append((waiting, _probabilities(logits, last)))
+                answers.append((batch.waiting, answer(logits, last)))
             except _AllLeft:
                 pass
+            finally:
+                self._batch = None
         out = answers[0][1].new_zeros(count, answers[0][1].shape[1])
         for ids, found in answers:
             out[ids.to(out.device)] = found
-        self._told(exits.to(self.left.device))
-        return out
+        return out, exits
 
     def check_exits(self, inputs: Any, whole: Tensor) -> None:
         """Raise ValueError unless every exit may let half of the batch go and the others' answers stay as they are:
@@ -213,12 +295,10 @@ class ExitNetwork(Staged):
 
         for place, name in enumerate(self.names[:-1]):
             try:
-                found = self._leaving(inputs, [place], every_other)
+                found, exits = self._leaving(inputs, [place], every_other)
             except (RuntimeError, ValueError, IndexError) as error:
                 raise ValueError(f"nothing can leave at {name!r}: {error}") from error
-            finally:
-                self.reset_counts()
-            stayed = self.exits == len(self.heads)
+            stayed = exits == len(self.heads)
             if not torch.allclose(found[stayed], whole[stayed], atol=1e-3):
                 raise ValueError(
                     f"answers change when others leave at {name!r}: examples of a batch depend on one another there"
