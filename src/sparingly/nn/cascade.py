@@ -42,7 +42,12 @@ class Staged(nn.Module):
         super().__init__()
         if measure not in KINDS:
             raise ValueError(f"measure must be one of {', '.join(KINDS)}, got {measure!r}")
-        self.names, self.measure = list(names), measure
+        self.measure = measure
+        self._stages(names)
+
+    def _stages(self, names: Sequence[str]) -> None:
+        """Begin with stages of these names, nothing leaving before the last."""
+        self.names = list(names)
         count = len(self.names)
         self.register_buffer("thresholds", torch.full((count - 1,), NEVER, dtype=torch.float64))
         self.register_buffer("expected", torch.zeros(count, dtype=torch.int64))
