@@ -30,7 +30,7 @@ BOLDEST = 3.0
 
 @dataclass(frozen=True)
 class Heard:
-    """A stream with what the scout and the network say of all of it: items [n, ...], scores float64 [n], the network's
+    """A stream with what the scout and the network say of all of it: items [n, ...], scores [n], the network's
     events int64 [events, 2]."""
 
     items: Any
@@ -57,21 +57,25 @@ def missed_at(gate: Gate, heard: Sequence[Heard], threshold: float) -> tuple[np.
 
 def path_of(gate: Gate, heard: Sequence[Heard]) -> list[float]:
     """Thresholds from careful to bold: the last one misses BOLDEST times what is allowed of these events, the first is
-    awake SPAN times as often, and each between by the same factor more than the next.
+    reached SPAN times as often outside events, and each between by the same factor more often than the next.
 
     An event counts as missed here where the network sleeps; what it answers awake is left to the test.
     """
-    lasting = [_lasting(one.scores, gate.after) for one in heard]
-    least = []
-    for one, scores in zip(heard, lasting, strict=True):
+    least, outside = [], []
+    for one in heard:
+        lasting, quiet = _lasting(one.scores, gate.after), np.ones(len(one.scores), dtype=bool)
         for start, stop in one.events.tolist():
-            least.append(np.sort(scores[start:stop])[-int(gate.events.needed(np.array(stop - start)))])
-    least, scores = np.sort(least), np.sort(np.concatenate(lasting))
-    boldest = least[min(len(least) - 1, int(BOLDEST * gate.miss_rate * len(least)) + 1)]
-    share = float((scores >= boldest).mean())
-    shares = np.geomspace(min(1.0, share * SPAN), share, POINTS)
-    path = {float(scores[min(len(scores) - 1, round((1 - one) * len(scores)))]) for one in shares}
-    return sorted(value for value in path if np.isfinite(value)) or [float(np.nan_to_num(boldest))]
+            least.append(np.sort(lasting[start:stop])[-int(gate.events.needed(np.array(stop - start)))])
+            quiet[start:stop] = False
+        outside.append(one.scores[quiet])
+    scores, boldest = np.sort(np.concatenate(outside)), ALWAYS
+    if least:
+        boldest = np.sort(least)[min(len(least) - 1, int(BOLDEST * gate.miss_rate * len(least)) + 1)]
+    share = max(float((scores >= boldest).mean()) if len(scores) else 1.0, 1 / max(1, len(scores)))
+    shares = np.geomspace(min(1.0, share * SPAN), share, POINTS)[:-1]
+    path = {float(scores[min(len(scores) - 1, round((1 - one) * len(scores)))]) for one in shares if len(scores)}
+    rising = sorted(value for value in path | {float(boldest)} if np.isfinite(value) and value <= boldest)
+    return rising or [float(np.finfo(np.float64).min)]
 
 
 def calibrate_gate(gate: Gate, streams: Any, confidence: float, say: Say) -> Contract:

@@ -78,30 +78,38 @@ class Counts(NamedTuple):
 
 
 class Watch:
-    """A network's place in one stream: when it last was asked for, and the items before, kept for when it wakes."""
+    """A network's place in one stream: when it last was asked for, and the items before, kept for when it wakes.
 
-    __slots__ = ("after", "ago", "awake", "before", "failed", "items", "kept", "net", "ran", "ring", "ring_at", "wakes")
+    ``place``: how many items of the stream have come; ``asked``: the place of the last one that the network was asked
+    for. Not a module, whose attributes are slow to set.
+    """
+
+    __slots__ = ("after", "asked", "awake", "before", "earlier", "failed", "net", "place", "ran", "ring", "wakes")
 
     def __init__(self, net: Scores, before: int, after: int):
         self.net, self.before, self.after = net, before if hasattr(net, "reset") else 0, after
-        self.items = self.awake = self.ran = self.wakes = self.failed = 0
+        self.place = 0
+        self.clear()
         self.restart()
 
     def restart(self) -> None:
-        """Before the first item of a stream. ``ago``: how many items ago the network was last asked for."""
-        self.ago, self.kept, self.ring_at, self.ring = _LONG, 0, 0, None
+        """Before the first item of a stream."""
+        self.earlier += self.place
+        self.place, self.asked, self.ring = 0, -_LONG, None
+
+    def clear(self) -> None:
+        """Count from here."""
+        self.earlier, self.awake, self.ran, self.wakes, self.failed = -self.place, 0, 0, 0, 0
 
     def counts(self) -> Counts:
-        return Counts(self.items, self.awake, self.ran, self.wakes, self.failed)
+        return Counts(self.earlier + self.place, self.awake, self.ran, self.wakes, self.failed)
 
-    def keep(self, item: Any) -> None:
-        """Put an item [...] among the last ``before``."""
+    def keep(self, place: int, item: Any) -> None:
+        """Put the item [...] of that place among the last ``before``."""
         if self.ring is None:
             shape = (self.before, *item.shape)
             self.ring = item.new_empty(shape) if isinstance(item, Tensor) else np.empty(shape, item.dtype)
-        self.ring[self.ring_at] = item
-        self.ring_at = (self.ring_at + 1) % self.before
-        self.kept += 1
+        self.ring[place % self.before] = item
 
     def advance(self, items: Any, asks: np.ndarray) -> np.ndarray:
         """items [n, ...], asks bool [n]: where the network is asked for -> its answers float32 [n], 0 where it slept.
@@ -110,37 +118,59 @@ class Watch:
         """
         n = len(asks)
         out = np.zeros(n, np.float32)
-        last = np.maximum.accumulate(np.where(asks, np.arange(n), -1 - self.ago))
-        awake = runs(np.arange(n) - last <= self.after)
-        goes_on = self.ago <= self.after
-        ago, self.ago = self.ago, _LONG
-        for start, stop in awake.tolist():
-            warm = None
-            if start or not goes_on:
-                self.wakes += 1
-                if hasattr(self.net, "reset"):
-                    self.net.reset()  # pyright: ignore[reportFunctionMemberAccess]
-                warm = self._before(items, start)
-            given = items[start:stop] if warm is None else _joined(warm, items[start:stop])
-            answers = checked(self.net(given), len(given), "net")
-            out[start:stop] = answers[len(given) - (stop - start) :]
-            self.ran += len(given)
+        asked, self.asked = self.asked, -_LONG
+        goes_on = self.place - 1 - asked <= self.after
+        at = np.flatnonzero(asks)
+        awake = _merged(np.concatenate([[asked - self.place], at]) if goes_on else at, self.after, n)
+        goes_on = goes_on and len(awake) > 0 and awake[0, 0] == 0
+        given = []
+        for place, (start, stop) in enumerate(awake.tolist()):
+            warm = None if goes_on and place == 0 else self._before(items, start)
+            given.append(items[start:stop] if warm is None else _joined(warm, items[start:stop]))
+        for (start, stop), answers in zip(awake.tolist(), self._answers(given, goes_on), strict=True):
+            out[start:stop] = answers[len(answers) - (stop - start) :]
         if self.before:
             for place in range(max(0, n - self.before), n):
-                self.keep(items[place])
-        self.items += n
+                self.keep(self.place + place, items[place])
         self.awake += int((awake[:, 1] - awake[:, 0]).sum())
-        self.ago = min(_LONG, int(n - 1 - last[-1]) if n else ago)
+        self.asked = self.place + int(at[-1]) if len(at) else asked
+        self.place += n
         return out
+
+    def _answers(self, given: list[Any], goes_on: bool) -> list[np.ndarray]:
+        """Scores of runs of items, each after a reset, except the first one where the network is awake."""
+        found = [self.net(given[0])] if goes_on else []
+        others = given[len(found) :]
+        self.wakes += len(others)
+        if len(others) > 1 and hasattr(self.net, "runs"):
+            found += self.net.runs(others)  # pyright: ignore[reportFunctionMemberAccess]
+            others = []
+        for one in others:
+            forget(self.net)
+            found.append(self.net(one))
+        self.ran += sum(map(len, given))
+        return [checked(one, len(items), "net") for one, items in zip(found, given, strict=True)]
+
+    def go_on(self, item: Any, asks: bool) -> float:
+        """The answer to the next item [...] where the one before was awake too and the network has ``step``."""
+        place, asked, self.asked = self.place, self.asked, -_LONG
+        answer = float(self.net.step(item))  # pyright: ignore[reportFunctionMemberAccess]
+        if math.isnan(answer):
+            raise ValueError(f"net gave NaN for item {place} of the stream: look for NaN in the stream")
+        if self.before:
+            self.keep(place, item)
+        self.asked, self.place = place if asks else asked, place + 1
+        self.awake += 1
+        self.ran += 1
+        return answer
 
     def _before(self, items: Any, start: int) -> Any:
         """The items before ``start``, at most ``before``; None if there are none."""
         here = items[max(0, start - self.before) : start]
-        wanted = min(self.before - len(here), self.kept)
+        wanted = min(self.before - len(here), self.place)
         if not wanted or self.ring is None:
             return here if len(here) else None
-        places = [(self.ring_at - back) % self.before for back in range(wanted, 0, -1)]
-        return _joined(self.ring[places], here)
+        return _joined(self.ring[[(self.place - back) % self.before for back in range(wanted, 0, -1)]], here)
 
 
 class Gate(nn.Module):
@@ -156,9 +186,11 @@ class Gate(nn.Module):
     Args:
         scout: consecutive items [n, ...] -> scores [n], the higher the more likely that something is there. What it
             keeps from item to item, ``scout.reset()`` forgets, if it has that; ``scout.step(item) -> float``, if it has
-            that, is asked in ``step``. If it raises, the network runs, and the item is counted as ``failed``.
+            that, is asked in ``gate.step``. If it raises, the network runs, and the item is counted as ``failed``.
         net: consecutive items [n, ...] -> scores [n]. If it has ``reset()``, it keeps something from item to item: on
-            waking it is reset and sees items from before; what it answers for those is thrown away.
+            waking it is reset and sees items from before; what it answers for those is thrown away. ``net.step``, if
+            it has that, is asked in ``gate.step``, and ``net.runs(list of [n, ...]) -> list of [n]``, if it has that,
+            for several runs at once, each as after a reset; what it keeps is then what the last one leaves.
         miss_rate: between 0 and 1, both left out.
         before: how many items that is at most.
         after: items.
@@ -202,9 +234,9 @@ class Gate(nn.Module):
         self.expected = Counts()
         self.sparingly_contract: Contract | None = None
         self.why_failed: str | None = None
-        # Not a module, whose attributes are slow to set: a sleeping step takes less than a microsecond.
         self._watch = Watch(net, before, after)
         self._one: Callable[[Any], float] | None = getattr(scout, "step", None)
+        self._lean = hasattr(net, "step") and not isinstance(net, nn.Module)
 
     @property
     def counts(self) -> Counts:
@@ -229,22 +261,26 @@ class Gate(nn.Module):
 
     def step(self, item: Any) -> float:
         """The next item [...] of the stream by itself -> its answer; as ``forward``, with less around it."""
-        if self._one is None:
+        watch, scout = self._watch, self._one
+        if scout is None:
             return float(self(item[None])[0])
-        watch = self._watch
+        place = watch.place
         try:
-            score = self._one(item)
+            score = scout(item)
         except Exception as error:
             asks = bool(self._failed(1, error)[0])
         else:
-            if score < self.threshold and watch.ago >= watch.after:
-                # Asleep, and stays so.
-                watch.ago += 1
-                watch.items += 1
-                if watch.before:
-                    watch.keep(item)
+            if score < self.threshold and place - watch.asked > watch.after:
+                # Asleep, and stays so. What is in the way here costs every item of a stream.
+                if watch.ring is not None:
+                    watch.ring[place % watch.before] = item
+                elif watch.before:
+                    watch.keep(place, item)
+                watch.place = place + 1
                 return 0.0
             asks = bool(checked([score], 1, "scout")[0] >= self.threshold)
+        if self._lean and place - 1 - watch.asked <= watch.after and (asks or place - watch.asked <= watch.after):
+            return watch.go_on(item, asks)
         with evaluating(self), torch.no_grad():
             return float(watch.advance(item[None], np.array([asks]))[0])
 
@@ -255,8 +291,7 @@ class Gate(nn.Module):
 
     def reset_counts(self) -> None:
         """Forget how many items have come."""
-        watch = self._watch
-        watch.items = watch.awake = watch.ran = watch.wakes = watch.failed = 0
+        self._watch.clear()
         self.why_failed = None
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -279,15 +314,16 @@ class Gate(nn.Module):
 
 
 def checked(raw: Any, n: int, whose: str) -> np.ndarray:
-    """Scores float64 [n]. Raises TypeError or ValueError, naming whose they are, for anything else, and for NaN."""
+    """Scores [n], numbers. Raises TypeError or ValueError, naming whose they are, for anything else, and for NaN."""
     if isinstance(raw, Tensor):
         raw = raw.detach().cpu().numpy()
     if not isinstance(raw, (np.ndarray, list)):
         raise TypeError(f"{whose} must give an array or tensor of scores [n], got {type(raw).__name__}")
-    found = np.asarray(raw, dtype=np.float64)
-    if found.shape != (n,):
-        raise ValueError(f"{whose} must give one score for each of {n} items, [{n}], got {list(found.shape)}")
-    wrong = np.isnan(found)
+    found = np.asarray(raw)
+    if found.shape != (n,) or found.dtype.kind not in "fiub":
+        got = f"{found.dtype} {list(found.shape)}"
+        raise ValueError(f"{whose} must give one score for each of {n} items, [{n}], got {got}")
+    wrong = found != found
     if wrong.any():
         raise ValueError(f"{whose} gave NaN for item {int(wrong.argmax())} of {n}: look for NaN in the stream")
     return found
@@ -303,6 +339,17 @@ def runs(mask: np.ndarray) -> np.ndarray:
     """bool [n] -> int64 [runs, 2]: where each maximal run of True starts, and where it has stopped."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     return edges.reshape(-1, 2)
+
+
+def _merged(asked: np.ndarray, after: int, n: int) -> np.ndarray:
+    """Rising places, the first perhaps below 0 -> int64 [runs, 2] inside 0..n, each lasting for ``after`` more."""
+    if not len(asked):
+        return np.zeros((0, 2), np.int64)
+    cuts = np.flatnonzero(np.diff(asked) > after + 1)
+    starts = asked[np.concatenate([[0], cuts + 1])]
+    stops = asked[np.concatenate([cuts, [-1]])] + after + 1
+    found = np.stack([starts, stops], axis=1).clip(0, n)
+    return found[found[:, 1] > found[:, 0]]
 
 
 def _joined(first: Any, then: Any) -> Any:
