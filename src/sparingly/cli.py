@@ -125,7 +125,7 @@ def measure(
     raise typer.Exit(code)
 
 
-WORKLOADS = ("spell", "smollm", "minilm", "relu", "fashion", "lm", "census")
+WORKLOADS = ("spell", "smollm", "minilm", "relu", "fashion", "lm", "census", "stream")
 
 
 @app.command()

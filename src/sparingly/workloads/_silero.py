@@ -106,7 +106,7 @@ class Network(nn.Module):
         """Of a chunk: the weights of each convolution times its places (4 windows of the transform, then 4, 2, 1 and 1;
         what falls on padding is counted), and those of the LSTM and of the last layer."""
         places = (4, 4, 2, 1, 1)
-        layers = (self.basis, *(layer.weight for layer in self.encoder))  # pyright: ignore[reportGeneralTypeIssues]
+        layers: list[Any] = [self.basis, *(layer.weight for layer in self.encoder)]
         total = sum(count * weight.numel() for count, weight in zip(places, layers, strict=True))
         return total + 8 * WIDTH * WIDTH + WIDTH
 
@@ -195,7 +195,8 @@ class Silero:
 
 def others() -> dict[str, Callable[[np.ndarray], object]]:
     """The package's own two files, one chunk int16 [256] at a time, as callables that keep their state."""
-    scripted, run = _scripted(), opened(file_of("silero_vad.onnx")).run
+    scripted: Any = _scripted()
+    run = opened(file_of("silero_vad.onnx")).run
     rate, one = np.array(8000, np.int64), np.zeros((1, CONTEXT + CHUNK), np.float32)
     state = [np.zeros((2, 1, WIDTH), np.float32)]
 

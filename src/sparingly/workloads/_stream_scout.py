@@ -8,6 +8,7 @@ octaves of power each is above its floor now, was in the chunk before, and was i
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -196,7 +197,8 @@ def learn(features: np.ndarray, speech: np.ndarray, units: int, passes: int = 6)
         F.binary_cross_entropy_with_logits(model((x[some] - mean) / scale)[:, 0], y[some]).backward()
         optim.step()
         plan.step()
-    first, last = model[0], model[2]
+    first: Any = model[0]
+    last: Any = model[2]
     with torch.no_grad():
         weight = first.weight / scale
         bias = first.bias - weight @ mean
