@@ -33,8 +33,8 @@ SWITCH = 40
 ONNX Runtime takes 18 µs, 18, 18.7 and 38 (the file as shipped 53 at 1, TorchScript 119; one thread of a virtual EPYC).
 Sixteen streams at once would be 6.3 µs."""
 
-BESIDE = 16
-"""So many runs go through the LSTM beside one another; the shorter ones of them are filled up."""
+BESIDE, LIKE = 32, 1.4
+"""So many runs at most go through the LSTM beside one another, the longest so many times as long as the shortest."""
 
 
 def file_of(name: str) -> bytes:
@@ -87,10 +87,12 @@ class Network(nn.Module):
         y, (h, c) = self.lstm(self._encoded(x).reshape(-1, 1, WIDTH), (h, c))
         return self.out(y.relu()).sigmoid().reshape(-1), h, c
 
-    def beside(self, x: Tensor) -> Tensor:
-        """Windows of several streams from their starts on, float32 [streams, n, 288] -> chances [streams, n]."""
-        encoded = self._encoded(x.reshape(-1, x.shape[2])).reshape(*x.shape[:2], WIDTH)
-        return self.out(self.lstm(encoded.transpose(0, 1))[0].relu()).sigmoid().squeeze(2).T
+    def beside(self, x: Tensor, lengths: list[int]) -> Tensor:
+        """Windows of several streams from their starts on, one after the other, float32 [sum of lengths, 288] ->
+        chances [streams, longest]; what comes after the end of a shorter one means nothing."""
+        encoded = self._encoded(x).squeeze(2).split(lengths)
+        states = self.lstm(nn.utils.rnn.pad_sequence(list(encoded)))[0]
+        return self.out(states.relu()).sigmoid().squeeze(2).T
 
     def _encoded(self, x: Tensor) -> Tensor:
         """float32 [n, 288] -> [n, 128, 1]."""
@@ -157,24 +159,28 @@ class Silero:
     def runs(self, runs: list[np.ndarray]) -> list[np.ndarray]:
         """Several runs of chunks, each as after a reset -> the chances of each; what is kept is the last one's.
 
-        All go through the encoder together, and through the LSTM beside one another.
+        All go through the encoder together, and those of like length through the LSTM beside one another.
         """
         found: list[np.ndarray] = [np.empty(0, np.float32)] * len(runs)
-        order = sorted(range(len(runs) - 1), key=lambda place: len(runs[place]))
-        for first in range(0, len(order), BESIDE):
-            group = order[first : first + BESIDE]
-            longest = len(runs[group[-1]])
-            samples = np.zeros((len(group), CONTEXT + longest * CHUNK), np.float32)
-            for row, place in zip(samples, group, strict=True):
-                np.multiply(runs[place].reshape(-1), np.float32(1 / 32768), out=row[CONTEXT:][: runs[place].size])
-            windows = torch.from_numpy(samples).unfold(1, CONTEXT + CHUNK, CHUNK)
+        order, first = sorted(range(len(runs) - 1), key=lambda place: len(runs[place])), 0
+        while first < len(order):
+            most = LIKE * len(runs[order[first]])
+            group = [place for place in order[first : first + BESIDE] if len(runs[place]) <= most]
+            first += len(group)
+            windows = torch.cat([self._windows(runs[place]) for place in group])
             with torch.inference_mode():
-                chances = self.network.beside(windows).numpy()
+                chances = self.network.beside(windows, [len(runs[place]) for place in group]).numpy()
             for row, place in zip(chances, group, strict=True):
                 found[place] = row[: len(runs[place])]
         self.reset()
         found[-1] = self(runs[-1])
         return found
+
+    def _windows(self, chunks: np.ndarray) -> Tensor:
+        """Of a stream that begins: float32 [n, 288]."""
+        samples = np.zeros(CONTEXT + chunks.size, np.float32)
+        np.multiply(chunks.reshape(-1), np.float32(1 / 32768), out=samples[CONTEXT:])
+        return torch.from_numpy(samples).unfold(0, CONTEXT + CHUNK, CHUNK)
 
     def _some(self, chunks: np.ndarray) -> np.ndarray:
         samples = np.empty(CONTEXT + chunks.size, np.float32)
