@@ -52,14 +52,21 @@ def calibrate_cascade(
     fit_on, test_on = order[: count // FIT_SHARE], order[count // FIT_SHARE :]
     promise.check(len(test_on), metric.answers)
     losses = torch.stack([_losses(metric, stage, data) for stage in answers])
-    sure = torch.stack([model.sure(stage) for stage in answers[:-1]])
-    path = _path(metric, losses[:, fit_on], sure[:, fit_on], promise.limit)
-    losses, sure = losses[:, test_on], sure[:, test_on]
+    good = [1 - metric.drops(losses[-1], loss)[fit_on].double().clamp(0, 1) for loss in losses[:-1]]
+    before = model.weights
+    try:
+        model.fit_measure([stage[fit_on] for stage in answers[:-1]], good)
+        sure = torch.stack([model.sure(stage, place).cpu() for place, stage in enumerate(answers[:-1])])
+        path = _path(metric, losses[:, fit_on], sure[:, fit_on], promise.limit)
+        losses, sure = losses[:, test_on], sure[:, test_on]
 
-    def drops(settings: dict[str, float]) -> Tensor:
-        return metric.drops(losses[-1], _chosen(losses, left_at(list(settings.values()), sure)))
+        def drops(settings: dict[str, float]) -> Tensor:
+            return metric.drops(losses[-1], _chosen(losses, left_at(list(settings.values()), sure)))
 
-    found = walk(path, drops, promise)
+        found = walk(path, drops, promise)
+    except BaseException:
+        model.weights = before
+        raise
     kept = [NEVER] * len(sure) if found.chosen is None else list(path[found.chosen].values())
     exits = left_at(kept, sure)
     contract = Contract.of(

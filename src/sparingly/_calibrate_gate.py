@@ -113,7 +113,7 @@ def calibrate_gate(gate: Gate, streams: Any, confidence: float, say: Say) -> Con
         found,
         promise,
         [{"threshold": value} for value in path],
-        metric="events found",
+        metric="events",
         data_hash=data_hash(given),
         dense_quality=1.0,
         selective_quality=1.0 if found.chosen is None else 1 - found.tried[found.chosen].drop,

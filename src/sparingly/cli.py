@@ -125,12 +125,12 @@ def measure(
     raise typer.Exit(code)
 
 
-WORKLOADS = ("spell", "smollm", "minilm", "relu", "fashion", "lm", "census", "stream")
+WORKLOADS = ("spell", "smollm", "minilm", "relu", "fashion", "lm", "census", "langid", "stream")
 
 
 @app.command()
 def bench(
-    workloads: Annotated[list[str] | None, typer.Argument(help=f"What to run: {', '.join(WORKLOADS)}.")] = None,
+    workloads: Annotated[list[str] | None, typer.Argument(help=f"What to run: {', '.join(WORKLOADS)}, or all.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Less of everything: spell in 90 seconds.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Everything: spell in 45 minutes.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do parts again that an earlier run has finished.")] = False,
@@ -143,18 +143,22 @@ def bench(
     """
     from sparingly.report import html, result, terminal
 
-    chosen = workloads or ["spell"]
+    chosen = list(WORKLOADS) if workloads == ["all"] else workloads or ["spell"]
     for name in chosen:
         if name not in WORKLOADS:
             raise typer.BadParameter(f"must be of {', '.join(WORKLOADS)}, got {name!r}", param_hint="WORKLOADS")
     if quick and full:
         raise typer.BadParameter("give one of --quick and --full, not both", param_hint="--quick")
     mode = "quick" if quick else "full" if full else "default"
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {"schema": 1, "workloads": {}}
+    failures: dict[str, str] = {}
     for name in chosen:
         made = _run_workload(name, mode, fresh)
-        earlier = content.get("workloads", {})
-        content = made | {"workloads": earlier | made["workloads"]}
+        if isinstance(made, str):
+            failures[name] = made
+        else:
+            content = made | {"workloads": content["workloads"] | made["workloads"]}
+    content |= {"failures": failures} if failures else {}
     if json_file is not None:
         write_json(content, json_file)
     report = result.parse(content)
@@ -162,27 +166,26 @@ def bench(
         terminal.show(report)
     if report_file is not None:
         html.write(report, report_file)
+    if failures:
+        raise typer.Exit(2)
 
 
-def _run_workload(name: str, mode: str, fresh: bool) -> dict[str, Any]:
+def _run_workload(name: str, mode: str, fresh: bool) -> dict[str, Any] | str:
+    """The workload's result, or why there is none; the next one runs all the same."""
     from importlib import import_module
 
     from rich.console import Console
 
     from sparingly._cli_convert import progress_lines
 
-    try:
-        module = import_module(f"sparingly.workloads.{name}")
-    except ImportError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from error
     console = Console(stderr=True)
     try:
+        module = import_module(f"sparingly.workloads.{name}")
         with progress_lines() as say:
             return module.bench(module.MODES[mode], say, fresh=fresh)
-    except (FileNotFoundError, ImportError, RuntimeError) as error:
-        console.print(f"[red]stopped:[/red] {error}")
-        raise typer.Exit(2) from error
+    except (FileNotFoundError, ImportError, RuntimeError, ValueError) as error:
+        console.print(f"[red]{name} stopped:[/red] {error}", markup=True)
+        return str(error)
     except KeyboardInterrupt as error:
         console.print("interrupted; finished parts are kept, the same command goes on from there")
         raise typer.Exit(130) from error

@@ -13,7 +13,9 @@ from torch import nn
 
 import sparingly as sp
 from sparingly._calibrate_cascade import falling, left_at
+from sparingly.nn._leaving import FEATURES, KINDS, fit_learned, learned, sure_rows
 from sparingly.nn.cascade import MEASURES, NEVER
+from sparingly.nn.exits import ExitNetwork
 
 CLASSES = 3
 
@@ -150,7 +152,7 @@ def test_bad_stages():
         sp.Cascade([Recorder()])
     with pytest.raises(TypeError, match="stage 1 must be callable or have predict_proba, got int"):
         sp.Cascade([Recorder(), 3])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="measure must be one of maximum, margin, entropy"):
+    with pytest.raises(ValueError, match="measure must be one of maximum, margin, entropy, learned"):
         sp.Cascade([Recorder(), Recorder()], measure="hunch")
 
 
@@ -227,3 +229,118 @@ def test_the_contract_is_broken_as_seldom_as_it_says():
     # Neither broken too often nor kept by doing nothing.
     assert broken <= 0.05 * runs + 3 * (0.05 * 0.95 * runs) ** 0.5
     assert 0.003 < np.mean(lost) < 0.02
+
+
+def distributions(n: int, classes: int, sharpness: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(classes)
+    return (sharpness * torch.randn(n, classes, generator=generator)).softmax(dim=1)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 150])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compiled_pass_measures_as_pytorch_does(kind, classes):
+    given = distributions(40, classes)
+    given[0] = torch.eye(classes)[0]  # Zeros have no logarithm.
+    weights = torch.randn(FEATURES + classes, generator=torch.Generator().manual_seed(1)).double()
+    found = np.full(40, np.nan)
+    assert sure_rows(given.numpy(), KINDS.index(kind), weights.numpy(), found) == -1
+    wanted = learned(given, weights) if kind == "learned" else MEASURES[kind](given)
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -0.1, 2.0])
+def test_the_compiled_pass_names_the_first_bad_row(bad):
+    given = distributions(5, 4).numpy()
+    given[3, 2] = bad
+    assert sure_rows(given, 0, np.empty(0), np.empty(5)) == 3
+
+
+def test_the_learned_measure_knows_which_classes_can_be_relied_on():
+    """Stage 0 is right where it answers class 0 and guesses where it answers 1, equally sure of both."""
+    generator = torch.Generator().manual_seed(0)
+    answers = torch.tensor([[0.8, 0.2], [0.2, 0.8]]).repeat(500, 1)
+    good = torch.where(answers[:, 0] > 0.5, 1.0, torch.randint(2, (1000,), generator=generator).float())
+    sure = learned(answers, fit_learned(answers, good))
+    assert sure[0] > 0.95 and 0.4 < sure[1] < 0.6
+
+
+def test_the_learned_measure_is_calibrated_saved_and_needed():
+    x, y = points(6000)
+    made = cascade(Linear(1.5), Linear(0.0), measure="learned", thresholds=[0.5])
+    with pytest.raises(RuntimeError, match="knows 0 classes, not 3"):
+        made(x[:3])
+    made.thresholds.fill_(NEVER)
+    contract = sp.calibrate(made, (x, y), "accuracy", max_drop=0.02)
+    assert contract.holds and made.weights.shape == (1, FEATURES + CLASSES)
+    made(x)
+    left = made.left.tolist()
+    assert 0 < left[0] < 6000
+    other = cascade(Linear(1.5), Linear(0.0), measure="learned")
+    other.load_state_dict(made.state_dict())
+    other(x)
+    assert other.left.tolist() == left
+
+
+def test_a_batch_of_one_is_asked_and_counted_like_any_other():
+    x, _ = points(50)
+    whole = cascade(Linear(1.5), Linear(0.0), thresholds=[0.9])
+    one = cascade(Linear(1.5), Linear(0.0), thresholds=[0.9])
+    together = whole(x)
+    for place in range(50):
+        torch.testing.assert_close(one(x[place : place + 1]), together[place : place + 1])
+        assert one.exits.tolist() == whole.exits[place : place + 1].tolist()
+    assert one.left.tolist() == whole.left.tolist() and 0 < int(one.left[0]) < 50
+
+
+class Deep(nn.Module):
+    """Two layers; the answer is clear after the first for most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.out = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+def with_exits() -> tuple[ExitNetwork, torch.Tensor, torch.Tensor]:
+    x, y = points(6000)
+    net = Deep()
+    optim = torch.optim.Adam(net.parameters(), lr=0.01)
+    for part, right in zip(x.split(500), y.split(500), strict=True):
+        optim.zero_grad()
+        nn.functional.cross_entropy(net(part), right).backward()
+        optim.step()
+    model = sp.add_exits_(net, at=["first"])
+    sp.train_exits(model, list(x.split(500)), epochs=5)
+    return model, x, y
+
+
+@pytest.mark.parametrize("measure", ["maximum", "learned"])
+def test_the_exits_of_the_last_stage_are_stages_too(measure):
+    model, x, y = with_exits()
+    model.measure = measure
+    made = cascade(Linear(1.5), model, measure=measure)
+    assert made.names == ["Linear", "first", "Deep"] and len(made.stage_answers(x[:7])) == 3
+    contract = sp.calibrate(made, (x, y), "accuracy", max_drop=0.05)
+    assert contract.holds and set(contract.setting or {}) == {"stage 0", "stage 1"}
+    answers = made.stage_answers(x)
+    sure = [made.sure(stage, place) for place, stage in enumerate(answers[:-1])]
+    made.thresholds.copy_(torch.stack([sure[0].quantile(0.6), sure[1].quantile(0.4)]))
+    out = made(x)
+    exits = left_at(made.thresholds.tolist(), sure)
+    assert torch.equal(made.exits, exits) and len(set(exits.tolist())) == 3
+    for place, stage in enumerate(answers):
+        torch.testing.assert_close(out[exits == place], stage[exits == place], atol=1e-5, rtol=1e-4)
+    assert made.left.tolist() == torch.bincount(exits, minlength=3).tolist()
+    assert [made(x[i : i + 1]).argmax() for i in range(20)] == out[:20].argmax(1).tolist()
+    assert len(sp.explain(made).stages) == 3
+
+
+def test_a_stage_with_exits_comes_last_and_measures_alike():
+    model, _, _ = with_exits()
+    with pytest.raises(ValueError, match="it must come last"):
+        sp.Cascade([model, Linear(0.0)])
+    with pytest.raises(ValueError, match="the cascade must have the same measure"):
+        sp.Cascade([Linear(0.0), model], measure="margin")

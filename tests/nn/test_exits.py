@@ -175,7 +175,7 @@ def test_inputs_may_be_a_mapping_and_layers_sequences():
     model = sp.add_exits_(Encoder(), at=["a"], measure="margin")
     x = {"tokens": torch.randn(8, 5, 4)}
     sp.train_exits(model, [x])
-    model.thresholds.fill_(float(model.sure(model.stage_answers(x)[0]).median()))
+    model.thresholds.fill_(float(model.sure(model.stage_answers(x)[0], 0).median()))
     assert model(x).shape == (8, CLASSES) and set(model.exits.tolist()) == {0, 1}
 
 

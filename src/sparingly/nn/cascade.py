@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparingly._data import call
+from sparingly.nn._leaving import FEATURES, KINDS, MEASURES, fit_learned, learned, sure_rows
 from sparingly.nn._modes import evaluating
 
 Stage = Callable[[Any], Any]
@@ -17,25 +18,7 @@ Stage = Callable[[Any], Any]
 NEVER = float("inf")
 """A threshold that nothing reaches."""
 
-
-def maximum(probabilities: Tensor) -> Tensor:
-    """The largest probability, [n, classes] -> [n]."""
-    return probabilities.amax(dim=1)
-
-
-def margin(probabilities: Tensor) -> Tensor:
-    """The largest probability minus the second, [n, classes] -> [n]."""
-    best = probabilities.topk(min(2, probabilities.shape[1]), dim=1).values
-    return best[:, 0] - best[:, -1] if best.shape[1] > 1 else best[:, 0]
-
-
-def entropy(probabilities: Tensor) -> Tensor:
-    """1 minus entropy ÷ its maximum, so that higher is surer, [n, classes] -> [n]."""
-    most = float(np.log(max(2, probabilities.shape[1])))
-    return 1 + torch.special.xlogy(probabilities, probabilities).sum(dim=1) / most
-
-
-MEASURES: dict[str, Callable[[Tensor], Tensor]] = {"maximum": maximum, "margin": margin, "entropy": entropy}
+_NO_WEIGHTS = np.empty(0)
 
 
 class Staged(nn.Module):
@@ -47,21 +30,24 @@ class Staged(nn.Module):
         left: int64 [stages], how many inputs have left where; ``expected``: how many did in calibration's test.
         failed: int64 [stages], how many inputs a stage was asked for when it raised; ``why_failed``: stage -> reason.
         exits: int64 [n], at which stage each input of the last call left.
+        weights: float64 [stages - 1, 5 + classes] of the measure "learned", fitted by calibration; empty before.
     """
 
     thresholds: Tensor
     expected: Tensor
     left: Tensor
     failed: Tensor
+    weights: Tensor
 
     def __init__(self, names: Sequence[str], measure: str):
         super().__init__()
-        if measure not in MEASURES:
-            raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {measure!r}")
+        if measure not in KINDS:
+            raise ValueError(f"measure must be one of {', '.join(KINDS)}, got {measure!r}")
         self.names, self.measure = list(names), measure
         count = len(self.names)
         self.register_buffer("thresholds", torch.full((count - 1,), NEVER, dtype=torch.float64))
         self.register_buffer("expected", torch.zeros(count, dtype=torch.int64))
+        self.register_buffer("weights", torch.zeros(count - 1, 0, dtype=torch.float64))
         for name in ("left", "failed"):
             self.register_buffer(name, torch.zeros(count, dtype=torch.int64), persistent=False)
         self.why_failed: dict[int, str] = {}
@@ -71,9 +57,38 @@ class Staged(nn.Module):
         """Every stage's probabilities of all inputs, float32 [n, classes] each, on the CPU."""
         raise NotImplementedError
 
-    def sure(self, probabilities: Tensor) -> Tensor:
-        """How sure of its answers a stage is: [n, classes] -> float64 [n]."""
+    def sure(self, probabilities: Tensor, place: int) -> Tensor:
+        """How sure of its answers the stage at ``place`` is: [n, classes] -> float64 [n].
+
+        Raises RuntimeError for "learned" before calibration.
+        """
+        if self.measure == "learned":
+            return learned(probabilities, self._learned(place, probabilities.shape[1]).to(probabilities.device))
         return MEASURES[self.measure](probabilities).double()
+
+    def _learned(self, place: int, classes: int) -> Tensor:
+        """The weights of a stage."""
+        weights = self.weights[place]
+        if len(weights) != FEATURES + classes:
+            raise RuntimeError(
+                f"the learned measure knows {max(0, len(weights) - FEATURES)} classes, not {classes}: call "
+                "sparingly.calibrate(cascade, data, metric) first"
+            )
+        return weights
+
+    def fit_measure(self, answers: Sequence[Tensor], as_good: Sequence[Tensor]) -> None:
+        """Fit the learned measure; others have nothing to fit. Of every stage but the last: answers [n, classes], and
+        how sure it is, 0..1, that they are as good as the last stage's, [n]."""
+        if self.measure == "learned":
+            found = [fit_learned(answer, good) for answer, good in zip(answers, as_good, strict=True)]
+            self.weights = torch.stack(found).to(self.weights.device)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take on the size of what is learned first."""
+        weights = state_dict.get(f"{prefix}weights")
+        if weights is not None and weights.shape[:1] == self.weights.shape[:1]:
+            self.weights = weights.new_zeros(weights.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _told(self, exits: Tensor) -> None:
         self.exits = exits
@@ -105,8 +120,11 @@ class Cascade(Staged):
     Args:
         stages: at least two, the last one the network whose answers count. A ``torch.nn.Module`` gives logits (or has
             them in ``.logits``); what has ``predict_proba`` (scikit-learn) and any other callable gives probabilities,
-            as an array or tensor [n, classes].
-        measure: how sure a stage is: "maximum" (of the probabilities), "margin" (largest minus second) or "entropy".
+            as an array or tensor [n, classes]. The last one may have exits of its own (:func:`sparingly.add_exits_`):
+            its stages then are stages of the cascade, with thresholds from the same calibration.
+        measure: how sure a stage is: "maximum" (of the probabilities), "margin" (largest minus second), "entropy", or
+            "learned", the chance that its answer is as good as the last stage's, from all of these and the class that
+            it answers: logistic regression, fitted by calibration.
 
     Viola, Jones, Rapid Object Detection using a Boosted Cascade of Simple Features, CVPR 2001; of networks: Wang and
     others, Wisdom of Committees, ICLR 2022::
@@ -123,7 +141,14 @@ class Cascade(Staged):
         for place, stage in enumerate(stages):
             if not (callable(stage) or hasattr(stage, "predict_proba")):
                 raise TypeError(f"stage {place} must be callable or have predict_proba, got {type(stage).__name__}")
-        super().__init__([getattr(stage, "__name__", type(stage).__name__) for stage in stages], measure)
+            if isinstance(stage, Staged) and (place < len(stages) - 1 or stage.measure != measure):
+                raise ValueError(
+                    f"stage {place} has exits of its own, by measure {stage.measure!r}: it must come last, and the "
+                    f"cascade must have the same measure, got {measure!r} and {len(stages)} stages"
+                )
+        names = [getattr(stage, "__name__", type(stage).__name__) for stage in stages]
+        inner = stages[-1] if isinstance(stages[-1], Staged) else None
+        super().__init__(names if inner is None else [*names[:-1], *inner.names], measure)
         self.stages = stages
         # Networks among them are submodules, so that .to(), .eval() and state_dict reach them.
         self.networks = nn.ModuleDict(
@@ -136,62 +161,106 @@ class Cascade(Staged):
         ``exits``, int64 [n], then says at which stage each of them left. Raises ValueError if stages disagree on the
         number of classes, or give what are no probabilities, or NaN; what the last stage raises is passed on.
         """
-        count = length(inputs)
-        out, device = torch.empty(0), self.thresholds.device
-        exits = torch.full((count,), len(self.stages) - 1, device=device)
-        waiting = torch.arange(count, device=device)
-        with evaluating(self), torch.no_grad():
-            for place in range(len(self.stages)):
-                last = place == len(self.stages) - 1
-                if not last and float(self.thresholds[place]) == NEVER:
-                    continue
-                if not len(waiting):
-                    break
-                given = inputs if len(waiting) == count else take(inputs, waiting)
-                found = self._asked(place, given, last)
-                if found is None:
-                    continue
-                out = self._room(out, found, count, place)
-                leaves = torch.ones(len(waiting), dtype=torch.bool, device=device)
-                if not last:
-                    leaves = self.sure(found).to(device) >= self.thresholds[place]
-                out[waiting[leaves]] = found[leaves.to(found.device)].to(out.device)
-                exits[waiting[leaves]] = place
-                waiting = waiting[~leaves]
-        self._told(exits)
+        count, last = length(inputs), len(self.stages) - 1
+        if not count:
+            self.exits = torch.empty(0, dtype=torch.int64)
+            return torch.empty(0)
+        out: Tensor | None = None
+        exits = waiting = torch.empty(0)
+        left = 0
+        for place, threshold in enumerate([*self.thresholds.tolist()[:last], -NEVER]):
+            if threshold == NEVER:
+                continue
+            given = inputs if not left else take(inputs, waiting)
+            found = self._asked(place, given, place == last)
+            if found is None:
+                continue
+            answers, leaves = self._leaving(place, found, count - left, threshold)
+            if out is not None and out.shape[1] != answers.shape[1]:
+                raise ValueError(
+                    f"stages must agree on the classes: {out.shape[1]} before, {answers.shape[1]} of stage {place}"
+                )
+            going = len(leaves) if place == last else int(leaves.sum())
+            at = place + self._inner.exits.cpu() if self._inner is not None and place == last else place
+            if going == count:  # The usual end of a batch of one: nothing to put together.
+                self._all_left(count, at)
+                return answers
+            if out is None:
+                out = answers.new_zeros(count, answers.shape[1])
+                exits, waiting = torch.full((count,), last), torch.arange(count)
+            ids = waiting[leaves]
+            out[ids.to(out.device)] = answers[leaves.to(answers.device)].to(out.device)
+            exits[ids], waiting, left = at, waiting[~leaves], left + going
+            if left == count:
+                break
+        assert out is not None
+        self._told(exits.to(self.left.device))
         return out
+
+    def _leaving(self, place: int, found: Any, count: int, threshold: float) -> tuple[Tensor, Tensor]:
+        """What a stage answered, checked, and who leaves, bool [n] on the CPU. One compiled pass where that is
+        possible, for at batch 1 the calls of some small operators cost more than a small stage."""
+        if isinstance(found, Tensor) and found.is_cpu and found.dtype == torch.float32:
+            found = found.detach().numpy()
+        plain = isinstance(found, np.ndarray) and found.dtype == np.float32 and found.flags.c_contiguous
+        if plain and found.ndim == 2 and found.shape[0] == count and found.shape[1]:
+            kind = 0 if threshold == -NEVER else KINDS.index(self.measure)
+            weights = self._learned(place, found.shape[1]).cpu().numpy() if kind == 3 else _NO_WEIGHTS
+            sure = np.empty(count)
+            if sure_rows(found, kind, weights, sure) < 0:
+                return torch.from_numpy(found), torch.from_numpy(sure >= threshold)
+        answers = checked(found, count, place)
+        if threshold == -NEVER:
+            return answers, torch.ones(count, dtype=torch.bool)
+        return answers, (self.sure(answers, place) >= threshold).cpu()
+
+    def _all_left(self, count: int, place: int | Tensor) -> None:
+        if isinstance(place, Tensor):
+            self._told(place.to(self.left.device))
+            return
+        self.exits = torch.from_numpy(np.full(count, place)).to(self.left.device)
+        if self.left.is_cpu:
+            self.left.numpy()[place] += count
+        else:
+            self.left[place] += count
 
     def stage_answers(self, inputs: Any) -> list[Tensor]:
         """See :meth:`Staged.stage_answers`; what a stage raises is passed on."""
         with evaluating(self), torch.no_grad():
-            return [asked(stage, inputs, place).cpu() for place, stage in enumerate(self.stages)]
+            own = self.stages if self._inner is None else self.stages[:-1]
+            found = [asked(stage, inputs, place).cpu() for place, stage in enumerate(own)]
+            return found if self._inner is None else found + self._inner.stage_answers(inputs)
 
-    def _asked(self, place: int, given: Any, last: bool) -> Tensor | None:
+    @property
+    def _inner(self) -> Staged | None:
+        """The last stage, if it has exits of its own."""
+        return self.stages[-1] if isinstance(self.stages[-1], Staged) else None
+
+    def _asked(self, place: int, given: Any, last: bool) -> Any:
         """What a stage answers; None if it raised and there is another."""
+        stage = self.stages[place]
+        if isinstance(stage, Staged):
+            stage.thresholds.copy_(self.thresholds[place:])
+            stage.weights = self.weights[place:].to(stage.weights.device)
         try:
-            raw = answered(self.stages[place], given)
+            if not isinstance(stage, nn.Module):
+                return answered(stage, given)
+            with evaluating(stage), torch.no_grad():
+                return answered(stage, given)
         except Exception as error:
             if last:
                 raise
             self.failed[place] += length(given)
             self.why_failed[place] = f"{type(error).__name__}: {error}"
             return None
-        return checked(raw, length(given), place)
-
-    def _room(self, out: Tensor, found: Tensor, count: int, place: int) -> Tensor:
-        if not out.numel():
-            return found.new_zeros(count, found.shape[1])
-        if out.shape[1] != found.shape[1]:
-            raise ValueError(
-                f"stages must agree on the classes: {out.shape[1]} before, {found.shape[1]} of stage {place}"
-            )
-        return out
 
 
 def answered(stage: Stage, inputs: Any) -> Any:
     """What a stage gives: probabilities, or of a network its softmax."""
     if isinstance(stage, nn.Module):
         found = call(stage, inputs)
+        if isinstance(stage, Staged):
+            return found
         logits = getattr(found, "logits", found)
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             raise TypeError(f"a network must give logits [n, classes], got {type(logits).__name__}")

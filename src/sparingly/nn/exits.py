@@ -151,7 +151,7 @@ class ExitNetwork(Staged):
         """inputs of the network, n examples -> probabilities float32 [n, classes]; ``exits`` says who left where."""
 
         def leaves(place: int, found: Tensor) -> Tensor:
-            return self.sure(found) >= self.thresholds[place].to(found.device)
+            return self.sure(found, place) >= self.thresholds[place].to(found.device)
 
         open_exits = [place for place, value in enumerate(self.thresholds.tolist()) if value != NEVER]
         return self._leaving(inputs, open_exits, leaves)

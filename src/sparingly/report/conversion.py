@@ -33,7 +33,7 @@ class Table:
 
 def is_conversion(workload: Workload) -> bool:
     """True for a workload that makes an existing network selective."""
-    return "contract" in workload.raw
+    return "contract" in workload.raw and not workload.is_cascade
 
 
 def savings(workload: Workload) -> Iterator[tuple[str, dict[str, Interval]]]:

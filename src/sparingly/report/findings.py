@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from sparingly.report import trained
+from sparingly.report import cascades, trained
 from sparingly.report.result import JOBS, RULERS, Interval, Method, Workload, number
 from sparingly.report.text import difference, percent, seconds, times
 
@@ -46,6 +46,7 @@ def comparisons(workload: Workload) -> Iterator[tuple[str, str]]:
             spent, dense_spent = seconds(selective.training_cpu_s), seconds(dense.training_cpu_s)
             text += f", for {spent} against {dense_spent} ({times(ratio)})"
         yield "equal quality", text
+    yield from cascades.comparisons(workload)
     yield from trained.comparisons(workload)
     mine = workload.method("selective")
     for other in workload.methods:
@@ -100,7 +101,7 @@ def losses(workload: Workload) -> list[str]:
             ratio = mine.answer_cpu_s / other.answer_cpu_s
             if ratio > 1:
                 found.append(f"{times(ratio)} the processor time of {other.name} per answer")
-    found += trained.losses(workload)
+    found += cascades.losses(workload) + trained.losses(workload)
     by_kind = {method.kind: method.quality for method in workload.converged}
     if len(by_kind) == 2 and _below(by_kind["selective"], by_kind["dense"]):
         gap = difference(Interval(by_kind["selective"].value - by_kind["dense"].value), None)
@@ -130,7 +131,7 @@ def costs(workload: Workload, job: str) -> str | None:
     own_s, dense_s = number(entry.get("selective_cpu_s")), number(entry.get("dense_cpu_s"))
     if own_s is None or dense_s is None:
         return None
-    return f"{seconds(own_s)} an answer; the dense twin takes {seconds(dense_s)}."
+    return f"{seconds(own_s)} an answer; the {workload.other} takes {seconds(dense_s)}."
 
 
 def batching(workload: Workload) -> str | None:
@@ -145,7 +146,9 @@ def batching(workload: Workload) -> str | None:
 def quiet_jobs(workload: Workload) -> list[str]:
     """Jobs of JOBS for which the file holds no saving: said, so that nobody reads absence as a win."""
     present = {saving.job for saving in workload.savings}
-    return [label for job, label in JOBS.items() if job not in present]
+    return [
+        label for job, label in JOBS.items() if job not in present and not (workload.is_cascade and job == "training")
+    ]
 
 
 def _gap(workload: Workload, mine: Method, other: Method) -> str:

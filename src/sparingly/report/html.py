@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from sparingly.report import conversion, figures, findings, trained
+from sparingly.report import cascades, conversion, figures, findings, summary, trained
 from sparingly.report.provenance import energy_rows, energy_value, machine_line, versions_line
 from sparingly.report.result import JOBS, RULERS, Interval, Method, Report, Saving, Workload
 from sparingly.report.text import amount, percent, seconds, times, times_interval
@@ -34,6 +34,8 @@ def page(report: Report) -> str:
     css = resources.files("sparingly.report").joinpath("page.css").read_text(encoding="utf-8")
     titles = ", ".join(workload.title for workload in report.workloads)
     body = "".join("".join(_workload(workload)) for workload in report.workloads)
+    if len(report.workloads) != 1 or report.failures:
+        body = _section("All workloads", "", _plain(summary.table(report))) + body
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -70,8 +72,7 @@ def _converted(workload: Workload) -> Iterator[str]:
     lead = " ".join(escape(sentence) for sentence in sentences)
     yield f'<header><h1>{escape(workload.title)}</h1><p class="lead">{lead}</p></header>'
     for made in conversion.tables(workload):
-        rows = [[escape(cell) for cell in row] for row in made.rows]
-        yield _section("", "", _table(made.caption, [escape(head) for head in made.heads], rows))
+        yield _section("", "", _plain(made))
     items = conversion.losses(workload)
     lost = "".join(f"<li>{escape(item)}</li>" for item in items)
     none = '<p class="say">In this run selection paid on every ruler.</p>'
@@ -111,7 +112,7 @@ def _tile(workload: Workload, job: str) -> str:
     return (
         f'<section class="card tile"><h3>{escape(JOBS[job].capitalize())}</h3>'
         f'<div class="big{loss}">{times(figure.value)}</div>'
-        f"<p>less {RULERS[ruler]} than the dense twin, {first.precision} on both sides.{cost}</p>"
+        f"<p>less {RULERS[ruler]} than the {workload.other}, {first.precision} on both sides.{cost}</p>"
         f'<dl class="bars">{bars}</dl></section>'
     )
 
@@ -175,7 +176,8 @@ def _savings(workload: Workload) -> str:
         engine = escape(str(saving.engine or "–"))
         rows.append([f"{JOBS[saving.job]}, {saving.precision} both", engine, times(saving.smallest[1].value), *cells])
     heads = ["job", "dense engine", "smallest", *(RULERS[ruler] for ruler in present)]
-    return _table("Same capacity: cost of the dense twin ÷ cost of the selective model", heads, rows)
+    caption = f"cost of the {workload.other} ÷ cost of the {workload.own}"
+    return _table(caption.capitalize() if workload.is_cascade else f"Same capacity: {caption}", heads, rows)
 
 
 def _others(workload: Workload) -> str:
@@ -190,9 +192,13 @@ def _others(workload: Workload) -> str:
 
 
 def _trained(workload: Workload) -> Iterator[str]:
-    for made in trained.tables(workload):
-        rows = [[escape(cell) for cell in row] for row in made.rows]
-        yield _table(made.caption, [escape(head) for head in made.heads], rows)
+    for made in (*cascades.tables(workload), *trained.tables(workload)):
+        yield _plain(made)
+
+
+def _plain(made: conversion.Table) -> str:
+    rows = [[escape(cell) for cell in row] for row in made.rows]
+    return _table(made.caption, [escape(head) for head in made.heads], rows)
 
 
 def _energy(workload: Workload) -> str:

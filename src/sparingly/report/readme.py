@@ -138,7 +138,7 @@ def _costs(workload: Workload) -> Iterator[list[str]]:
         own_s, dense_s = number(entry.get("selective_cpu_s")), number(entry.get("dense_cpu_s"))
         shown = saving.precision == "fp32" and own_s is not None
         engine = f" ({saving.engine})" if saving.engine else ""
-        other = f"dense twin{engine}" + (f": {seconds(dense_s)}" if shown and dense_s is not None else "")
+        other = f"{workload.other}{engine}" + (f": {seconds(dense_s)}" if shown and dense_s is not None else "")
         yield [
             f"{JOBS[saving.job]}, {saving.precision} both",
             seconds(own_s or 0) if shown else "",

@@ -99,6 +99,21 @@ class Workload:
         return min(self.savings, key=lambda saving: saving.smallest[1].value, default=None)
 
     @property
+    def is_cascade(self) -> bool:
+        """True where cheap stages or a gate stand before a large network."""
+        return "contract" in self.raw and ("stages" in self.raw or "duties" in self.raw)
+
+    @property
+    def other(self) -> str:
+        """What the costs are divided by."""
+        return "large network" if self.is_cascade else "dense twin"
+
+    @property
+    def own(self) -> str:
+        """What they are divided of."""
+        return "cascade" if self.is_cascade else "selective model"
+
+    @property
     def title(self) -> str:
         """What the workload calls itself, else its name."""
         return str(self.raw.get("title") or self.name)
@@ -112,6 +127,11 @@ class Report:
     machine: Mapping[str, Any]
     versions: Mapping[str, Any]
     raw: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Workloads that gave no result -> why."""
+        return dict(self.raw.get("failures") or {})
 
 
 def load(path: str | PathLike[str]) -> Report:
@@ -159,6 +179,7 @@ _OWN = (
     ("dense, equal training time", "dense", "dense_equal_cpu", "dense"),
     ("dense, same capacity", "dense", "dense_same_capacity", "dense"),
     ("dense, equal running cost", "dense", "dense_equal_cost", "none"),
+    ("large network", "dense", "large", "dense"),
 )
 """Name, kind, key in ``quality``, and whose cost of an answer it has where it does not say its own."""
 

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sparingly.report import conversion, findings
+from sparingly.report import cascades, conversion, findings, summary
 from sparingly.report.provenance import energy_lines, machine_line, versions_line
 from sparingly.report.result import JOBS, RULERS, Method, Report, Workload
 from sparingly.report.text import amount, percent_interval, seconds, times, times_interval
@@ -24,6 +24,8 @@ def show(report: Report, console: Console | None = None) -> None:
     console = console or Console()
     for workload in report.workloads:
         console.print(render(workload))
+    if len(report.workloads) + len(report.failures) != 1 or report.failures:
+        console.print(Text(""), _drawn(summary.table(report)))
     console.print(Text(machine_line(report.machine), style="dim"))
     console.print(Text(versions_line(report), style="dim"))
 
@@ -41,6 +43,7 @@ def render(workload: Workload) -> RenderableType:
         *_quality(workload),
         blank,
         *_savings(workload),
+        *(_drawn(made) for made in cascades.tables(workload, examples=False)),
         blank,
         *_facts(workload),
         *_losses(workload),
@@ -54,14 +57,18 @@ def _converted(workload: Workload) -> RenderableType:
     headline.append(f"\n{conversion.contract(workload)}", style="not bold default")
     parts: list[RenderableType] = [Panel(headline, title=workload.title, title_align="left", box=box.ROUNDED)]
     for made in conversion.tables(workload):
-        table = _table(made.caption)
-        for place, head in enumerate(made.heads):
-            table.add_column(head, justify="right" if place else "left")
-        for row in made.rows:
-            table.add_row(*row)
-        parts += [table, Text("")]
+        parts += [_drawn(made), Text("")]
     parts += [Text(f" loss  {sentence}", style="red") for sentence in conversion.losses(workload)]
     return Group(*parts)
+
+
+def _drawn(made: conversion.Table) -> Table:
+    table = _table(made.caption)
+    for place, head in enumerate(made.heads):
+        table.add_column(head, justify="right" if place else "left")
+    for row in made.rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _quality(workload: Workload) -> Iterator[RenderableType]:
@@ -90,7 +97,8 @@ def _bar(method: Method) -> str:
 def _savings(workload: Workload) -> Iterator[RenderableType]:
     if not workload.savings:
         return
-    table = _table("Same capacity: cost of the dense twin ÷ cost of the selective model")
+    caption = f"cost of the {workload.other} ÷ cost of the {workload.own}"
+    table = _table(caption.capitalize() if workload.is_cascade else f"Same capacity: {caption}")
     present = [ruler for ruler in RULERS if any(ruler in saving.rulers for saving in workload.savings)]
     table.add_column("job", no_wrap=True)
     table.add_column("both", no_wrap=True)

@@ -31,13 +31,11 @@ def comparisons(workload: Workload) -> Iterator[tuple[str, str]]:
     if gap is not None:
         yield "equal cost", f"{difference(gap, workload.unit)} against {equal.get('dense')}{_paid(equal)}"
     found = workload.raw.get("equal_quality") or {}
+    kind, own = ("single network", "the cascade") if workload.is_cascade else ("dense network", "the selective one")
     if found.get("dense"):
-        yield (
-            "equal quality",
-            f"{found['dense']} is the cheapest dense network as good as the selective one{_paid(found)}",
-        )
+        yield "equal quality", f"{found['dense']} is the cheapest {kind} as good as {own}{_paid(found)}"
     elif found.get("sweep"):
-        yield "equal quality", f"none of {len(found['sweep'])} dense networks is as good as the selective one"
+        yield "equal quality", f"none of {len(found['sweep'])} {kind}s is as good as {own}"
     yield from _as_good(workload)
 
 
@@ -89,7 +87,11 @@ def losses(workload: Workload) -> list[str]:
     return found
 
 
-NAMES = {"dense_same_capacity": "dense of the same capacity", "dense_equal_cost": "dense of equal running cost"}
+NAMES = {
+    "large": "the large network",
+    "dense_same_capacity": "dense of the same capacity",
+    "dense_equal_cost": "dense of equal running cost",
+}
 
 
 def noise(workload: Workload) -> dict[str, list[Mapping[str, Any]]]:
@@ -126,10 +128,11 @@ def _sweep(workload: Workload) -> Table:
             own = "–" if gap is None else difference(gap, workload.unit)
             trained = seconds(row["training_cpu_s"]) if row.get("training_cpu_s") else "–"
             rows.append((str(row["name"]), amount(value, workload.unit), own, *cells, trained))
-    heads = ("dense network", workload.metric, "selective minus dense", *JOBS.values(), "training")
-    return Table(
-        "Dense networks of every size: quality, and cost of an answer ÷ the selective one's", heads, tuple(rows)
-    )
+    kind, own = ("single network", "cascade") if workload.is_cascade else ("dense network", "selective")
+    minus = "cascade minus single" if workload.is_cascade else "selective minus dense"
+    heads = (kind, workload.metric, minus, *JOBS.values(), "training")
+    caption = f"{kind.capitalize()}s of every size: quality, and cost of an answer ÷ the {own} one's"
+    return Table(caption if not workload.is_cascade else caption.replace(" one's", "'s"), heads, tuple(rows))
 
 
 def _others(workload: Workload) -> Table:
