@@ -112,7 +112,7 @@ class Network(nn.Module):
         total = sum(count * weight.numel() for count, weight in zip(places, layers, strict=True))
         return total + 8 * WIDTH * WIDTH + WIDTH
 
-    def size_bytes(self, chunks: int) -> float:
+    def size_bytes(self, chunks: float) -> float:
         """Weights and samples that a chunk reads where so many come at once: what the LSTM does in order reads its own
         for each chunk, the rest is read once."""
         again = 4 * WIDTH * WIDTH
