@@ -21,7 +21,7 @@ from sparingly.nn.gate import ALWAYS, Counts, Gate, Watch, checked, forget
 FIT_EVERY = 4
 """Every so manieth stream makes the path; the others test it."""
 
-POINTS, SPAN = 8, 8.0
+POINTS, SPAN = 12, 8.0
 """Thresholds of the path, and how much more often the first of them is awake than the last."""
 
 BOLDEST = 3.0

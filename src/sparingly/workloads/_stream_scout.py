@@ -180,7 +180,7 @@ class Scout:
         return 2 * CHUNK + 4 * (BEGUN + ROWS * self.units)
 
 
-def learn(features: np.ndarray, speech: np.ndarray, units: int, passes: int = 6) -> tuple[Scout, float]:
+def learn(features: np.ndarray, speech: np.ndarray, units: int, passes: int = 12) -> tuple[Scout, float]:
     """features float32 [n, 21], speech bool [n] -> (a scout that answers alike, processor-seconds of its training)."""
     start = time.process_time()
     x, y = torch.from_numpy(features), torch.from_numpy(speech.astype(np.float32))

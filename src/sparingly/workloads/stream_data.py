@@ -149,7 +149,7 @@ def scene(
     random: clicks, knocks, tones, rustling and the ``tones``, up to 20 dB below the speech.
     """
     seconds = np.array([len(one.samples) / RATE for one in speech])
-    gaps = rng.exponential(seconds.mean() * (1 - duty) / duty, len(speech) + 1)
+    gaps = rng.exponential(seconds.sum() * (1 - duty) / duty / (len(speech) + 1), len(speech) + 1)
     gaps = np.clip(gaps, SHORTEST_GAP_S, longest_gap_s)
     starts = np.cumsum(gaps[:-1] * RATE + np.concatenate([[0.0], seconds[:-1] * RATE])).astype(np.int64)
     n = int((gaps.sum() + seconds.sum()) * RATE) // CHUNK
