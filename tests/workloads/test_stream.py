@@ -224,10 +224,10 @@ def test_other_splits_count_what_the_other_recordings_lose():
     owner = np.repeat(np.arange(500), 2)
     u = rng.random(1000)
     table = {threshold: u < threshold for threshold in (0.01, 0.04, 0.3)}
-    found = _stream_judged.resplits(table, owner, 0.7, Promise(0.1), 20)
+    found = _stream_judged.resplits(table, owner, Promise(0.1), 20)
     assert found["certified"] == 20 and found["kept"] == 20 and len(found["drops"]) == 20
-    assert found["events"] == 20 * 300 and found["missed"] / found["events"] == pytest.approx(0.04, abs=0.02)
-    few = _stream_judged.resplits(table, owner, 0.7, Promise(0.001), 3)
+    assert found["events"] == 20 * 500 and found["missed"] / found["events"] == pytest.approx(0.04, abs=0.02)
+    few = _stream_judged.resplits(table, owner, Promise(0.001), 3)
     assert few["certified"] == 0 and few["kept"] == 3 and few["missed"] == 0
 
 

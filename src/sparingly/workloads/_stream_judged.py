@@ -68,14 +68,14 @@ def interval(counts: np.ndarray, resamples: int) -> dict[str, float]:
     return {"value": value, "lo": min(value, float(lo)), "hi": max(value, float(hi))}
 
 
-def resplits(
-    table: dict[float, np.ndarray], owner: np.ndarray, share: float, promise: Promise, times: int
-) -> dict[str, Any]:
-    """Other splits by recording: ``share`` of them choose a threshold of the path, the others count its misses.
+def resplits(table: dict[float, np.ndarray], owner: np.ndarray, promise: Promise, times: int) -> dict[str, Any]:
+    """Other splits by recording: some choose a threshold of the path, the others count its misses.
 
-    table: threshold -> bool [events], missed there; owner int64 [events]: whose event. ``kept``: in how many splits the
-    other recordings' rate is no higher than was promised; one miss in a thousand events is.
+    table: threshold -> bool [events], missed there; owner int64 [events]: whose event. As many choose as have 3 % more
+    events than it takes, or half of them: the others' rate is then known the better. ``kept``: in how many splits that
+    rate is no higher than was promised.
     """
+    share = max(0.5, min(1.03 * promise.needed(binary=True) / max(1, len(owner)), 0.9))
     rng, path, rows = np.random.default_rng(0), sorted(table), []
     names = np.unique(owner)
     for _ in range(times):
