@@ -21,8 +21,9 @@ from sparingly.nn.gate import ALWAYS, Counts, Gate, Watch, checked, forget
 FIT_EVERY = 4
 """Every so manieth stream makes the path; the others test it."""
 
-POINTS, SPAN = 12, 8.0
-"""Thresholds of the path, and how much more often the first of them is awake than the last."""
+POINTS, SPAN, SAFEST = 12, 8.0, 0.05
+"""Thresholds of the path; the first of them is reached so many times as often outside events as the last, and by this
+share of the items at least."""
 
 BOLDEST = 3.0
 """The last threshold of the path misses so many times what is allowed, and one event, of those that make it."""
@@ -57,7 +58,8 @@ def missed_at(gate: Gate, heard: Sequence[Heard], threshold: float) -> tuple[np.
 
 def path_of(gate: Gate, heard: Sequence[Heard]) -> list[float]:
     """Thresholds from careful to bold: the last one misses BOLDEST times what is allowed of these events, the first is
-    reached SPAN times as often outside events, and each between by the same factor more often than the next.
+    reached SPAN times as often outside events (or by SAFEST of the items), and each between by the same factor more
+    often than the next.
 
     An event counts as missed here where the network sleeps; what it answers awake is left to the test.
     """
@@ -72,7 +74,7 @@ def path_of(gate: Gate, heard: Sequence[Heard]) -> list[float]:
     if least:
         boldest = np.sort(least)[min(len(least) - 1, int(BOLDEST * gate.miss_rate * len(least)) + 1)]
     share = max(float((scores >= boldest).mean()) if len(scores) else 1.0, 1 / max(1, len(scores)))
-    shares = np.geomspace(min(1.0, share * SPAN), share, POINTS)[:-1]
+    shares = np.geomspace(min(1.0, max(share * SPAN, SAFEST)), share, POINTS)[:-1]
     path = {float(scores[min(len(scores) - 1, round((1 - one) * len(scores)))]) for one in shares if len(scores)}
     rising = sorted(value for value in path | {float(boldest)} if np.isfinite(value) and value <= boldest)
     return rising or [float(np.finfo(np.float64).min)]

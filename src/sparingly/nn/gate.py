@@ -272,8 +272,9 @@ class Gate(nn.Module):
         else:
             if score < self.threshold and place - watch.asked > watch.after:
                 # Asleep, and stays so. What is in the way here costs every item of a stream.
-                if watch.ring is not None:
-                    watch.ring[place % watch.before] = item
+                ring = watch.ring
+                if ring is not None:
+                    ring[place % watch.before] = item
                 elif watch.before:
                     watch.keep(place, item)
                 watch.place = place + 1
