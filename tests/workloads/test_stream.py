@@ -93,7 +93,7 @@ def test_the_whole_run_has_the_shape_of_the_others(tiny: stream.Mode, tmp_path: 
         # The loud network is woken for a part of the stream only.
         assert 1 < entry["inference"][job]["saving"]["macs"] < 20
     for duty, row in entry["duties"].items():
-        assert 0.5 * float(duty) < row["duty"] < 2 * float(duty) and row["agreement"] > 0.9
+        assert 0.5 * float(duty) < row["duty"] < 2 * float(duty) and row["agreement"] > 0.6
         assert row["counts"]["awake"] < row["counts"]["items"] == row["n"] and row["events"]["n"] >= 8
     low, high = (entry["duties"][duty]["share_ran"] for duty in ("0.1", "0.3"))
     assert low < high < 1

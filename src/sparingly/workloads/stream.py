@@ -40,11 +40,11 @@ UNITS = 16
 BEFORE, AFTER = 4, 4
 EVENTS = Events(positive=0.5, shortest=8, found=0.5)
 """Chosen on 2,000 of the recordings with other noise, before the split below. With 8 after and 4, 8 before: at a
-threshold of 0 one and none of 2,769 events were missed, with the network on 1.36 % and 1.49 % of a stream of 1 %; at -0.5
-and below none. 16 after missed as many. Later a default run chose -3.8, where the scout itself asks for long enough, so
-that 4 after is enough. A scout that learned from 600 recordings instead of 300 left 1.1 % instead of 1.5 % outside events
-above the weakest of 2,859; one of 64 units instead of 16 left 1.1 %, and weights that make short events count as much as
-long ones 1.2 to 1.3 %."""
+threshold of 0 one and none of 2,769 events were missed, with the network on 1.36 % and 1.49 % of a stream of 1 %; at
+-0.5 and below none. 16 after missed as many. Later a default run chose -3.8, where the scout itself asks for long
+enough, so that 4 after is enough. A scout that learned from 600 recordings instead of 300 left 1.1 % instead of 1.5 %
+outside events above the weakest of 2,859; one of 64 units instead of 16 left 1.1 %, and weights that make short
+events count as much as long ones 1.2 to 1.3 %."""
 
 LONGEST_GAP_S, TOGETHER = 10.0, 8
 """Of the contract's scenes, and recordings of one scene."""
