@@ -275,7 +275,7 @@ class Stream:
     def _blocks(self, chunks: np.ndarray) -> list[_trained.Side]:
         """Ways to run it on blocks."""
         ways = []
-        for block in (32, 256, 2048):
+        for block in (32, 256, 512, 2048):
             some, engine = chunks[:4096], Silero(self.vad.network, block)
             name = f"{'pytorch' if block >= _silero.SWITCH else 'onnxruntime'}, blocks of {block}"
             ways.append(_trained.Side(name, lambda some=some, engine=engine: engine(some), len(some)))
