@@ -62,9 +62,9 @@ def test_softmax():
 def test_a_small_run(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(fashion_cnn.data, "load", lambda train: pictures(3000, 0) if train else pictures(1000, 1))
+    monkeypatch.setattr(fashion_cnn.data, "load", lambda train: pictures(3000, 0) if train else pictures(1600, 1))
     mode = replace(
-        fashion_cnn.MODES["quick"], trained=2000, calibrating=1000, width=4, epochs=2, scout_epochs=1, pairs=5
+        fashion_cnn.MODES["quick"], trained=2000, calibrating=1600, width=4, epochs=2, scout_epochs=1, pairs=5
     )
     document = fashion_cnn.bench(mode, lambda what, part: None)
     (workload,) = result.parse(document).workloads

@@ -101,7 +101,7 @@ class Workload:
     @property
     def is_cascade(self) -> bool:
         """True where cheap stages or a gate stand before a large network."""
-        return "contract" in self.raw and ("stages" in self.raw or "duties" in self.raw)
+        return _is_cascade(self.raw)
 
     @property
     def other(self) -> str:
@@ -173,6 +173,10 @@ def _workload(name: str, raw: Mapping[str, Any]) -> Workload:
     )
 
 
+def _is_cascade(raw: Mapping[str, Any]) -> bool:
+    return "contract" in raw and ("stages" in raw or "duties" in raw)
+
+
 _OWN = (
     ("selective", "selective", "selective", "selective"),
     ("same weights, every class", "exact", "exact_same_weights", "dense"),
@@ -194,7 +198,8 @@ def _methods(raw: Mapping[str, Any]) -> Iterator[Method]:
             own = quality[key] if isinstance(quality[key], Mapping) and "training_cpu_s" in quality[key] else {}
             answer_s = number(own.get("cpu_s")) or number(cost.get(f"{side}_cpu_s"))
             spent_s = number(own.get("training_cpu_s")) or trained_s
-            yield Method(name, kind, value, answer_s, spent_s, Interval.of(cost.get(f"{side}_energy_j")))
+            shown = "cascade" if kind == "selective" and _is_cascade(raw) else name
+            yield Method(shown, kind, value, answer_s, spent_s, Interval.of(cost.get(f"{side}_energy_j")))
     for name, entry in (quality.get("incumbents") or {}).items():
         value = Interval.of(entry)
         if value is not None:

@@ -20,12 +20,14 @@ SAVE_EVERY_S, TELL_EVERY_S = 30.0, 0.5
 
 @dataclass(frozen=True)
 class Recipe:
-    """``steps`` of AdamW: ``lr`` rises over ``warmup`` of them (a tenth at most) and then falls along a cosine."""
+    """``steps`` of AdamW, or with ``momentum`` of SGD (Nesterov's): ``lr`` rises over ``warmup`` of them (a tenth at
+    most) and then falls along a cosine."""
 
     steps: int
     lr: float
     weight_decay: float = 0.1
     warmup: int = 200
+    momentum: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ def fit(
     random numbers. ``tick`` hears the share that is done. ``file`` is written every 30 seconds and at the end: a call
     with the same file goes on from there, to the same numbers, and returns at once where training is complete.
     """
-    optim = optimizer(model, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optim: torch.optim.Optimizer = optimizer(model, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    if recipe.momentum is not None:
+        options: Any = {"momentum": recipe.momentum, "nesterov": True, "weight_decay": recipe.weight_decay}
+        optim = torch.optim.SGD(model.parameters(), lr=recipe.lr, **options)
     first, spent, recent = 0, 0.0, 0.0
     if file is not None and file.is_file():
         kept: dict[str, Any] = torch.load(file, weights_only=True)
