@@ -152,8 +152,13 @@ class Cascade(Staged):
         for place, stage in enumerate(stages):
             if not (callable(stage) or hasattr(stage, "predict_proba")):
                 raise TypeError(f"stage {place} must be callable or have predict_proba, got {type(stage).__name__}")
-            if isinstance(stage, Cascade) or (isinstance(stage, Staged) and stage is not stages[-1]):
-                raise TypeError(f"stage {place} is a {type(stage).__name__}: only the last stage may have exits")
+            if isinstance(stage, Staged) and (place < len(stages) - 1 or stage.measure != measure):
+                raise ValueError(
+                    f"stage {place} has exits of its own, by measure {stage.measure!r}: it must come last, and the "
+                    f"cascade must have the same measure, got {measure!r} and {len(stages)} stages"
+                )
+            if isinstance(stage, Cascade):
+                raise ValueError(f"stage {place} is a cascade: give its stages")
         names = [getattr(stage, "__name__", type(stage).__name__) for stage in stages]
         super().__init__([*names[:-1], *getattr(stages[-1], "names", names[-1:])], measure)
         self.stages, self.committee = stages, committee

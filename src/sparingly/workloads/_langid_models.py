@@ -85,7 +85,7 @@ class ByteTransformer(nn.Module):
     (A. Pagnoni et al., Byte Latent Transformer, 2024, section 3.2.1).
 
     Args:
-        ngrams: trained; they go on learning.
+        ngrams: trained; they stay as they are, and are no part of its state.
         width, layers, heads: of the transformer.
         longest: bytes of a text that it looks at.
     """
@@ -94,7 +94,7 @@ class ByteTransformer(nn.Module):
 
     def __init__(self, ngrams: Ngrams, classes: int, width: int, layers: int, longest: int, heads: int = 4):
         super().__init__()
-        self.longest, self.ngrams = longest, ngrams
+        self.longest, self._ngrams = longest, (ngrams,)
         self.bank = NgramBank(self.ROWS, (1, 2, 3), 16)
         self.enter = nn.Linear(self.ROWS * self.PATCH, width)
         self.places = nn.Parameter(0.02 * torch.randn(1, -(-longest // self.PATCH), width))
@@ -104,6 +104,17 @@ class ByteTransformer(nn.Module):
         # It begins as the n-grams alone.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+
+    @property
+    def ngrams(self) -> Ngrams:
+        """Not a submodule: its rows would be written with every state that training keeps."""
+        return self._ngrams[0]
+
+    def summed(self, texts: Texts) -> Tensor:
+        """What the n-grams give; in training with rows left out, as while they were trained."""
+        self.ngrams.train(self.training)
+        with torch.no_grad():
+            return self.ngrams.summed(texts)
 
     def patches(self, texts: Texts) -> tuple[Tensor, Tensor]:
         """(float32 [n, T, PATCH * ROWS], bool [n, T]: whether a patch holds text)."""
@@ -126,7 +137,7 @@ class ByteTransformer(nn.Module):
 
     def forward(self, texts: Texts) -> Tensor:
         """Logits [n, classes]."""
-        return self.read(*self.patches(texts), self.ngrams.summed(texts))
+        return self.read(*self.patches(texts), self.summed(texts))
 
 
 def from_list(texts: list[bytes]) -> Texts:
@@ -144,7 +155,7 @@ class InOnnx:
     def __init__(self, model: ByteTransformer):
         self._model = model
         with torch.no_grad():
-            example = (*model.patches(from_list([b"a" * 8] * 2)), model.ngrams.summed(from_list([b"a" * 8] * 2)))
+            example = (*model.patches(from_list([b"a" * 8] * 2)), model.summed(from_list([b"a" * 8] * 2)))
 
         class Read(nn.Module):
             def __init__(self) -> None:
@@ -161,7 +172,7 @@ class InOnnx:
     @torch.no_grad()
     def __call__(self, texts: list[bytes]) -> np.ndarray:
         given = from_list(texts)
-        parts = (*self._model.patches(given), self._model.ngrams.summed(given))
+        parts = (*self._model.patches(given), self._model.summed(given))
         return self._session.run(None, dict(zip(self._names, (part.numpy() for part in parts), strict=True)))[0]
 
 

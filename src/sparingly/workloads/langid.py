@@ -36,7 +36,7 @@ Shape = tuple[int, tuple[int, ...], int, float]
 """Width, orders, bits and dropout of n-grams."""
 
 SCOUT: Shape = (32, (1, 2, 3, 4, 5), 18, 0.3)
-WIDE: Shape = (128, (1, 2, 3, 4, 5, 6), 20, 0.5)
+WIDE: Shape = (128, (1, 2, 3, 4, 5, 6), 19, 0.5)
 SINGLE: dict[str, Shape] = {
     "n-grams, 16 wide": (16, (1, 2, 3, 4), 17, 0.2),
     "n-grams, 64 wide": (64, (1, 2, 3, 4, 5), 19, 0.5),
@@ -146,7 +146,7 @@ class Langid:
     def large(self) -> ByteTransformer:
         """The large network, trained; its n-grams were trained before it and stay as they are."""
         if "large" not in self._models:
-            wide = self.ngrams("n-grams, 128 wide", WIDE).requires_grad_(False)
+            wide = self.ngrams("n-grams, 128 wide", WIDE)
             torch.manual_seed(0)
             mode = self.mode
             self._fitted("large", ByteTransformer(wide, self.classes, mode.width, mode.layers, mode.longest),
