@@ -125,7 +125,7 @@ def measure(
     raise typer.Exit(code)
 
 
-WORKLOADS = ("spell", "smollm", "minilm", "relu", "fashion", "lm", "census", "langid")
+WORKLOADS = ("spell", "smollm", "minilm", "relu", "fashion", "lm", "census", "langid", "fashion-cnn")
 
 
 @app.command()
@@ -180,7 +180,7 @@ def _run_workload(name: str, mode: str, fresh: bool) -> dict[str, Any] | str:
 
     console = Console(stderr=True)
     try:
-        module = import_module(f"sparingly.workloads.{name}")
+        module = import_module(f"sparingly.workloads.{name.replace('-', '_')}")
         with progress_lines() as say:
             return module.bench(module.MODES[mode], say, fresh=fresh)
     except (FileNotFoundError, ImportError, RuntimeError, ValueError) as error:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,88 +13,27 @@ from torch.nn import functional as F
 from sparingly._data import call
 from sparingly._data import inputs as inputs_of
 from sparingly._progress import Say, silent
+from sparingly.nn._exit_batch import Batch, pooled
 from sparingly.nn._modes import evaluating
 from sparingly.nn._passes import run_passes
 from sparingly.nn.cascade import NEVER, Staged, checked, length, multiplied
-
-MASK = "attention_mask"
-"""The input, of those that come by name, that is 1 at an example's own tokens and 0 at padding: [n, tokens]."""
 
 
 class _AllLeft(Exception):
     """Nothing is left to compute."""
 
 
-class _Batch:
-    """A batch some of which have left; what layers before an exit were given as well as later ones is cut to the rest.
-
-    An encoder gives every layer the same attention mask, as long as the batch was at first. Such a tensor is known by
-    its identity, not by its length: what comes out of a layer behind the exit may happen to be as long.
-
-    Attributes:
-        waiting: int64 [m], which examples are left.
-    """
-
-    def __init__(self, count: int):
-        self.count, self.waiting = count, torch.arange(count)
-        self._whole: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-        self._cut: dict[int, Tensor] = {}
-
-    def leave(self, going: Tensor) -> Tensor:
-        """going bool [m], on the CPU -> which examples these are."""
-        left, self.waiting = self.waiting[going], self.waiting[~going]
-        self._cut.clear()
-        return left
-
-    def given(self, value: Any) -> Any:
-        """What a layer is given, nested in tuples, lists and dicts -> the same for those that are left."""
-        if isinstance(value, Tensor):
-            return self._rest(value)
-        if type(value) is dict:
-            return {name: self.given(part) for name, part in value.items()}
-        return type(value)(map(self.given, value)) if type(value) in (tuple, list) else value
-
-    def _rest(self, tensor: Tensor) -> Tensor:
-        if len(self.waiting) == self.count:
-            if tensor.dim() and len(tensor) == self.count:
-                self._whole[id(tensor)] = tensor
-            return tensor
-        if self._whole.get(id(tensor)) is not tensor:
-            return tensor
-        if id(tensor) not in self._cut:
-            self._cut[id(tensor)] = tensor[self.waiting.to(tensor.device)]
-        return self._cut[id(tensor)]
-
-
-def pooled(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[n, channels, height, width], [n, tokens, channels] or [n, channels] -> mean over places, float32 [n, channels].
-
-    mask [n, tokens]: 1 for tokens that count, 0 for padding.
-    """
-    if hidden.dim() != 3:
-        return hidden.float().flatten(2).mean(dim=2) if hidden.dim() > 3 else hidden.float()
-    if mask is None or mask.shape != hidden.shape[:2]:
-        return hidden.float().mean(dim=1)
-    weights = mask.to(hidden.device).float().unsqueeze(2)
-    return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1.0)
-
-
-def _mask(inputs: Any) -> Tensor | None:
-    mask = inputs.get(MASK) if isinstance(inputs, Mapping) else None
-    return mask if isinstance(mask, Tensor) else None
-
-
 class ExitHead(nn.Module):
-    """Class scores from what a layer gives, :func:`pooled`: normed, then linear. Sizes are those of the first batch."""
+    """Class scores from what a layer gives, pooled: normed, then linear. Sizes are those of the first batch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm: nn.LayerNorm | None = None
         self.linear: nn.Linear | None = None
 
-    def make(self, pooled: Tensor, classes: int) -> None:
-        """Give it the sizes of ``pooled`` [n, channels]."""
-        self._sized(pooled.shape[1], classes, pooled.device)
+    def make(self, hidden: Tensor, classes: int) -> None:
+        """Give it the sizes of ``hidden``."""
+        self._sized(pooled(hidden).shape[1], classes, hidden.device)
 
     def _sized(self, width: int, classes: int, device: torch.device) -> None:
         self.norm, self.linear = nn.LayerNorm(width).to(device), nn.Linear(width, classes).to(device)
@@ -111,11 +49,11 @@ class ExitHead(nn.Module):
             self._sized(weight.shape[1], weight.shape[0], weight.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        """[n, channels] -> logits [n, classes]. Raises RuntimeError before it was trained."""
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What a layer gives, pooled or not -> logits [n, classes]. Raises RuntimeError before it was trained."""
         if self.norm is None or self.linear is None:
             raise RuntimeError("exits are not trained: call sparingly.train_exits(model, batches) first")
-        return self.linear(self.norm(pooled))
+        return self.linear(self.norm(pooled(hidden)))
 
 
 class ExitNetwork(Staged):
@@ -125,8 +63,7 @@ class ExitNetwork(Staged):
     where all have left, the rest of the network does not run. A tensor that layers before an exit were given as well as
     later ones, such as an attention mask, is cut to the others' part too. Anything else that flows on must come out of
     the layer with the exit: a connection that passes it by keeps its old length, and :func:`sparingly.train_exits`
-    refuses it. Where inputs come by name and "attention_mask" [n, tokens] is among them, exits pool over tokens whose
-    mask is 1.
+    refuses it. Where a layer is given an ``attention_mask`` [n, tokens] by name, exits pool over tokens that it keeps.
 
     Attributes:
         net: the network itself; ``heads``: a head for each exit.
@@ -144,14 +81,14 @@ class ExitNetwork(Staged):
         # Names with dots are no keys of a ModuleDict.
         self.heads: Any = nn.ModuleList(ExitHead() for _ in at)
         self._run: Callable[[int, Tensor], Tensor] | None = None
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         for place, name in enumerate(at):
             modules[name].register_forward_hook(self._hook(place))
         for module in modules.values():
             module.register_forward_pre_hook(self._given, with_kwargs=True)
 
     def _given(self, module: nn.Module, args: Any, named: Any) -> Any:
-        return None if self._batch is None else (self._batch.given(args), self._batch.given(named))
+        return None if self._batch is None else self._batch.arguments(args, named)
 
     def _hook(self, place: int) -> Callable[..., Any]:
         def hook(module: nn.Module, given: Any, output: Any) -> Any:
@@ -173,28 +110,28 @@ class ExitNetwork(Staged):
     def collect(self, inputs: Any) -> tuple[Tensor, list[Tensor]]:
         """The network's own logits [n, classes] and what each layer with an exit gave, pooled: [n, channels] each."""
         seen: dict[int, Tensor] = {}
-        mask = _mask(inputs)
+        batch = Batch(length(inputs))
 
         def run(place: int, hidden: Tensor) -> Tensor:
             if place in seen:
                 raise ValueError(
                     f"the layer {self.names[place]!r} runs more than once: an exit needs one that runs once"
                 )
-            seen[place] = pooled(hidden, mask)
+            seen[place] = batch.pooled(hidden)
             return hidden
 
-        logits = self._through(run, inputs)
+        logits = self._through(run, inputs, batch)
         absent = [name for place, name in enumerate(self.names[:-1]) if place not in seen]
         if absent:
             raise ValueError(f"these layers did not run, so nothing can leave there: {absent}")
         return logits, [seen[place] for place in range(len(self.heads))]
 
-    def _through(self, run: Callable[[int, Tensor], Tensor], inputs: Any) -> Tensor:
-        self._run = run
+    def _through(self, run: Callable[[int, Tensor], Tensor], inputs: Any, batch: Batch) -> Tensor:
+        self._run, self._batch = run, batch
         try:
             output = call(self.net, inputs)
         finally:
-            self._run = None
+            self._run = self._batch = None
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -233,10 +170,10 @@ class ExitNetwork(Staged):
     ) -> tuple[Tensor, Tensor]:
         """Answers, and who left where, with those gone that ``leaves`` (exit, its probabilities) names, at the exits
         that are open."""
-        count, last, mask = length(inputs), len(self.heads), _mask(inputs)
+        count, last = length(inputs), len(self.heads)
         answers: list[tuple[Tensor, Tensor]] = []
         exits = torch.full((count,), last)
-        batch = _Batch(count)
+        batch = Batch(count)
 
         def answer(logits: Tensor, place: int) -> Tensor:
             found = _probabilities(logits, place)
@@ -248,8 +185,7 @@ class ExitNetwork(Staged):
             rows = len(batch.waiting)
             if hidden.shape[0] != rows:
                 raise ValueError(f"the layer {self.names[place]!r} gives {hidden.shape[0]} rows for {rows} examples")
-            its = None if mask is None else mask[batch.waiting.to(mask.device)]
-            found = answer(self.heads[place](pooled(hidden, its)), place)
+            found = answer(self.heads[place](batch.pooled(hidden)), place)
             going = leaves(place, found).cpu()
             gone = batch.leave(going)
             answers.append((gone, found[going.to(found.device)]))
@@ -260,8 +196,7 @@ class ExitNetwork(Staged):
 
         with evaluating(self), torch.no_grad():
             try:
-                self._batch = batch
-                logits = self._through(run, inputs)
+                logits = self._through(run, inputs, batch)
                 if logits.shape[0] != len(batch.waiting):
                     raise ValueError(
                         f"the network gives {logits.shape[0]} rows for {len(batch.waiting)} examples that are left"
@@ -269,8 +204,6 @@ class ExitNetwork(Staged):
                 answers.append((batch.waiting, answer(logits, last)))
             except _AllLeft:
                 pass
-            finally:
-                self._batch = None
         out = answers[0][1].new_zeros(count, answers[0][1].shape[1])
         for ids, found in answers:
             out[ids.to(out.device)] = found

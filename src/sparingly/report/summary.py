@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import shorten
+
 from sparingly.report import conversion, findings
 from sparingly.report.conversion import Table
 from sparingly.report.result import Interval, Report, Workload
@@ -14,7 +16,8 @@ def table(report: Report) -> Table:
     """A row for each workload: quality, how much it differs from the dense or large network, and the smallest saving
     of each job over all rulers and precisions; what failed says why."""
     rows = [_row(workload) for workload in report.workloads]
-    rows += [(name, f"failed: {reason}", *[""] * (len(HEADS) - 2)) for name, reason in report.failures.items()]
+    for name, reason in report.failures.items():
+        rows.append((name, f"failed: {shorten(reason, 80, placeholder='…')}", *[""] * (len(HEADS) - 2)))
     return Table(f"All {len(rows)} workloads: smallest saving over processor time, MACs and bytes", HEADS, tuple(rows))
 
 

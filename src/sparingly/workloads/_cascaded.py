@@ -122,10 +122,14 @@ def resplits(answers: Answers, ids: Tensor, calibrating: int, measure: str = "ma
     }
 
 
+def thresholds_of(found: Mapping[str, Any]) -> list[float]:
+    """The thresholds of :func:`judge`."""
+    return [NEVER if stage["threshold"] is None else stage["threshold"] for stage in found["stages"][:-1]]
+
+
 def set_thresholds(model: Staged, found: Mapping[str, Any]) -> None:
     """Give the models themselves the thresholds of :func:`judge`."""
-    kept = [NEVER if stage["threshold"] is None else stage["threshold"] for stage in found["stages"][:-1]]
-    model.thresholds.copy_(torch.tensor(kept, dtype=torch.float64))
+    model.thresholds.copy_(torch.tensor(thresholds_of(found), dtype=torch.float64))
 
 
 def side(name: str, engine: Engine, inputs: Any, batch: int, chunk: int) -> Side:

@@ -50,13 +50,9 @@ class Ngrams(nn.Module):
         name_ngrams(texts.text.numpy(), texts.lengths.numpy(), self.orders, self.bits, ids)
         return torch.from_numpy(ids)
 
-    def summed(self, texts: Texts) -> Tensor:
-        """[n, width], normed."""
-        return self.norm(self.bag(self.names(texts)))
-
     def forward(self, texts: Texts) -> Tensor:
         """Logits [n, classes]."""
-        return self.out(self.summed(texts))
+        return self.out(self.norm(self.bag(self.names(texts))))
 
 
 class Block(nn.Module):
@@ -94,6 +90,7 @@ class ByteTransformer(nn.Module):
 
     def __init__(self, ngrams: Ngrams, classes: int, width: int, layers: int, longest: int, heads: int = 4):
         super().__init__()
+        # Not a submodule: its rows would be written with every state that training keeps.
         self.longest, self._ngrams = longest, (ngrams,)
         self.bank = NgramBank(self.ROWS, (1, 2, 3), 16)
         self.enter = nn.Linear(self.ROWS * self.PATCH, width)
@@ -105,16 +102,11 @@ class ByteTransformer(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    @property
-    def ngrams(self) -> Ngrams:
-        """Not a submodule: its rows would be written with every state that training keeps."""
-        return self._ngrams[0]
-
-    def summed(self, texts: Texts) -> Tensor:
-        """What the n-grams give; in training with rows left out, as while they were trained."""
-        self.ngrams.train(self.training)
+    def scores(self, texts: Texts) -> Tensor:
+        """What the n-grams say, [n, classes]; in training with rows left out, as while they were trained."""
+        self._ngrams[0].train(self.training)
         with torch.no_grad():
-            return self.ngrams.summed(texts)
+            return self._ngrams[0](texts)
 
     def patches(self, texts: Texts) -> tuple[Tensor, Tensor]:
         """(float32 [n, T, PATCH * ROWS], bool [n, T]: whether a patch holds text)."""
@@ -125,19 +117,19 @@ class ByteTransformer(nn.Module):
         rows = self.bank(self.bank.names(text)).view(len(texts), size, self.ROWS) * here[:, :, None]
         return rows.view(len(texts), size // self.PATCH, -1), here.view(len(texts), -1, self.PATCH).any(2)
 
-    def read(self, rows: Tensor, here: Tensor, summed: Tensor) -> Tensor:
-        """What :meth:`patches` gives, and the n-grams' sum [n, width of it] -> logits [n, classes]."""
+    def read(self, rows: Tensor, here: Tensor, scores: Tensor) -> Tensor:
+        """What :meth:`patches` and :meth:`scores` give -> logits [n, classes]."""
         x = (self.enter(rows) + self.places[:, : rows.shape[1]]) * here[:, :, None]
         for block in self.blocks:
             x = block(x, here[:, None, None, :])
         gone = ~here[:, :, None]
         most = x.masked_fill(gone, -1e4).amax(1)
         mean = x.masked_fill(gone, 0.0).sum(1) / here.sum(1, keepdim=True)
-        return self.out(self.norm(torch.cat([most, mean], 1))) + self.ngrams.out(summed)
+        return self.out(self.norm(torch.cat([most, mean], 1))) + scores
 
     def forward(self, texts: Texts) -> Tensor:
         """Logits [n, classes]."""
-        return self.read(*self.patches(texts), self.summed(texts))
+        return self.read(*self.patches(texts), self.scores(texts))
 
 
 def from_list(texts: list[bytes]) -> Texts:
@@ -155,15 +147,16 @@ class InOnnx:
     def __init__(self, model: ByteTransformer):
         self._model = model
         with torch.no_grad():
-            example = (*model.patches(from_list([b"a" * 8] * 2)), model.summed(from_list([b"a" * 8] * 2)))
+            texts = from_list([b"a" * 8] * 2)
+            example = (*model.patches(texts), model.scores(texts))
 
         class Read(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.model = model
 
-            def forward(self, rows: Tensor, here: Tensor, summed: Tensor) -> Tensor:
-                return self.model.read(rows, here, summed).softmax(1)
+            def forward(self, rows: Tensor, here: Tensor, scores: Tensor) -> Tensor:
+                return self.model.read(rows, here, scores).softmax(1)
 
         axes = {"x0": {0: "n", 1: "t"}, "x1": {0: "n", 1: "t"}, "x2": {0: "n"}, "y": {0: "n"}}
         self._session = session(Read().eval(), example, axes)
@@ -172,7 +165,7 @@ class InOnnx:
     @torch.no_grad()
     def __call__(self, texts: list[bytes]) -> np.ndarray:
         given = from_list(texts)
-        parts = (*self._model.patches(given), self._model.summed(given))
+        parts = (*self._model.patches(given), self._model.scores(given))
         return self._session.run(None, dict(zip(self._names, (part.numpy() for part in parts), strict=True)))[0]
 
 

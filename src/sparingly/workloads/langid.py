@@ -37,10 +37,8 @@ Shape = tuple[int, tuple[int, ...], int, float]
 
 SCOUT: Shape = (32, (1, 2, 3, 4, 5), 18, 0.3)
 WIDE: Shape = (128, (1, 2, 3, 4, 5, 6), 19, 0.5)
-SINGLE: dict[str, Shape] = {
-    "n-grams, 16 wide": (16, (1, 2, 3, 4), 17, 0.2),
-    "n-grams, 64 wide": (64, (1, 2, 3, 4, 5), 19, 0.5),
-}
+SINGLE: dict[str, Shape] = {"n-grams, 64 wide": (64, (1, 2, 3, 4, 5), 19, 0.5)}
+WIDE_NAME, LINEAR_NAME = "n-grams of the large network", "n-grams, linear"
 LINEAR: Shape = (0, (1, 2, 3, 4, 5), 19, 0.0)
 
 
@@ -63,8 +61,8 @@ class Mode:
 
 MODES = {
     "quick": Mode("quick", 40_000, 8_000, 1, 1, 64, 1, 64, 5, 512),
-    "default": Mode("default", None, None, 3, 1, 128, 2, 128, 15, 2048),
-    "full": Mode("full", None, None, 4, 6, 192, 4, 128, 40, 4096),
+    "default": Mode("default", None, 40_000, 2, 1, 128, 2, 128, 15, 2048),
+    "full": Mode("full", None, None, 4, 4, 192, 4, 128, 40, 4096),
 }
 
 
@@ -112,6 +110,11 @@ class Langid:
         return self.part("train")
 
     @property
+    def names(self) -> tuple[str, str]:
+        """Of the stages."""
+        return f"n-grams, {SCOUT[0]} wide", "byte transformer"
+
+    @property
     def classes(self) -> int:
         return len(self.corpus.languages)
 
@@ -146,7 +149,7 @@ class Langid:
     def large(self) -> ByteTransformer:
         """The large network, trained; its n-grams were trained before it and stay as they are."""
         if "large" not in self._models:
-            wide = self.ngrams("n-grams, 128 wide", WIDE)
+            wide = self.ngrams(WIDE_NAME, WIDE)
             torch.manual_seed(0)
             mode = self.mode
             self._fitted("large", ByteTransformer(wide, self.classes, mode.width, mode.layers, mode.longest),
@@ -168,7 +171,7 @@ class Langid:
     def cascade(self, found: Mapping[str, Any] | None = None) -> Cascade:
         """Scout and large network; with the thresholds of ``found``."""
         made = Cascade([OneCall(self.scout), self.engines["onnxruntime"]])
-        made.names = ["n-grams, 32 wide", "byte transformer"]
+        made.names = list(self.names)
         if found is not None:
             cascaded.set_thresholds(made, found)
         return made
@@ -189,8 +192,8 @@ class Langid:
         for stage in found["stages"]:
             stage["examples"] = [texts[i].decode(errors="replace") for i in stage["examples"]]
         singles = {
-            "byte transformer": answers.right(1)[test].numpy(),
-            "n-grams, 32 wide": answers.right(0)[test].numpy(),
+            self.names[1]: answers.right(1)[test].numpy(),
+            self.names[0]: answers.right(0)[test].numpy(),
         }
         for name, model in self.singles().items():
             singles[name] = self._right(model, whole[test])
@@ -199,7 +202,7 @@ class Langid:
 
     def singles(self) -> dict[str, Ngrams]:
         """Other networks that answer alone: n-grams of other widths, and linear ones, the incumbent."""
-        shapes = SINGLE | {"n-grams, 128 wide": WIDE, "n-grams, linear": LINEAR}
+        shapes = SINGLE | {WIDE_NAME: WIDE, LINEAR_NAME: LINEAR}
         return {name: self.ngrams(name, shape) for name, shape in shapes.items()}
 
     @torch.no_grad()
@@ -227,8 +230,8 @@ class Langid:
         """What single networks cost beside the cascade."""
         setting, own, rows = self.setting(), {"cascade": self.cascade(found)}, []
         ways: dict[str, dict[str, Engine]] = {
-            "byte transformer": self.engines,
-            "n-grams, 32 wide": {"one compiled call": OneCall(self.scout)},
+            self.names[1]: self.engines,
+            self.names[0]: {"one compiled call": OneCall(self.scout)},
         }
         for name, model in self.singles().items():
             run: Engine = OneCall(model) if model.width else lambda texts, m=model: m(from_list(texts)).softmax(1)
@@ -245,7 +248,7 @@ class Langid:
         found = part("quality", self.quality)
         inference = part("costs", lambda: self.costs(found))
         sweep = part("sweep", lambda: self.sweep(found))
-        return cascaded.entry(TITLE, METRIC, found, inference, sweep, incumbents=["n-grams, linear"]) | {
+        return cascaded.entry(TITLE, METRIC, found, inference, sweep, incumbents=[LINEAR_NAME]) | {
             "num_classes": self.classes,
             "data": {"sha256": self.corpus.sha256, "frozen": self.corpus.frozen},
         }
