@@ -125,7 +125,7 @@ def measure(
     raise typer.Exit(code)
 
 
-WORKLOADS = ("spell", "smollm", "minilm", "relu", "fashion", "lm", "census", "langid", "fashion-cnn")
+WORKLOADS = ("spell", "smollm", "minilm", "relu", "fashion", "lm", "census", "langid", "fashion-cnn", "topic")
 
 
 @app.command()
