@@ -9,7 +9,18 @@ from sparingly.energy import count, measure
 from sparingly.explain import explain
 from sparingly.metrics import accuracy, agreement, perplexity
 from sparingly.monitor import Drift, monitor
-from sparingly.nn import Cascade, Plan, SelectiveBag, SelectiveFFN, SelectiveHead, add_exits_, compile_plan, train_exits
+from sparingly.nn import (
+    Cascade,
+    Events,
+    Gate,
+    Plan,
+    SelectiveBag,
+    SelectiveFFN,
+    SelectiveHead,
+    add_exits_,
+    compile_plan,
+    train_exits,
+)
 from sparingly.nn.scout import distill_scout
 from sparingly.optim import optimizer
 from sparingly.recover import recover
@@ -40,8 +51,10 @@ __all__ = [
     "Contract",
     "Dense",
     "Drift",
+    "Events",
     "Experts",
     "Ferns",
+    "Gate",
     "Graph",
     "InputThreshold",
     "LowRank",

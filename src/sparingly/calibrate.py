@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparingly._calibrate_cascade import calibrate_cascade
+from sparingly._calibrate_gate import calibrate_gate
 from sparingly._data import batches, call, data_hash, inputs, to_device
 from sparingly._progress import Say, silent
 from sparingly.contract import Contract
@@ -21,6 +22,7 @@ from sparingly.energy.machine import versions
 from sparingly.guard import Promise, Walk, walk
 from sparingly.metrics import Metric, as_metric, observe
 from sparingly.nn.cascade import Staged
+from sparingly.nn.gate import Gate
 from sparingly.nn.sample import Option, gather
 from sparingly.nn.selective import Selective, dense_answers, needed_layers, reset
 
@@ -95,10 +97,11 @@ def calibrate(
     not read. The rest tests them, from dense to sparse, until one fails (:mod:`sparingly.guard`). The last that passed
     stays; if none did, every unit runs, and the contract says so.
 
-    A :class:`sparingly.Cascade` gets thresholds in the same way, held against its last stage.
+    A :class:`sparingly.Cascade` gets thresholds in the same way, held against its last stage; a :class:`sparingly.Gate`
+    its threshold, from a list of streams, for the miss rate that it was made with.
 
     Args:
-        model: after :func:`sparingly.convert_`, or a cascade.
+        model: after :func:`sparingly.convert_`, or a cascade, or a gate (which takes no metric, drop and ``against``).
         calibration: examples like those to come, not used in training: a tensor (token ids int64 [n, T] for
             perplexity), a tuple or mapping of tensors with one length, or batches.
         metric: ``sparingly.perplexity``, ``accuracy`` or ``agreement``, or your own (model, batch) -> losses [n] in
@@ -116,6 +119,10 @@ def calibrate(
         TypeError: data or metric of another type.
     Selectors are as they were, whatever is raised.
     """
+    if isinstance(model, Gate):
+        if (metric, max_drop, against) != ("perplexity", 0.01, None):
+            raise ValueError("a gate promises its own miss_rate: leave out metric, max_drop and against")
+        return calibrate_gate(model, calibration, confidence, progress or silent)
     measured = as_metric(metric)
     if isinstance(model, Staged):
         if against is not None:

@@ -125,7 +125,10 @@ def measure(
     raise typer.Exit(code)
 
 
-WORKLOADS = ("spell", "smollm", "minilm", "relu", "fashion", "lm", "census", "langid", "fashion-cnn", "topic")
+WORKLOADS = (
+    *("spell", "smollm", "minilm", "relu", "fashion", "lm", "census"),
+    *("langid", "fashion-cnn", "topic", "stream"),
+)
 
 
 @app.command()

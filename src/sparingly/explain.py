@@ -15,6 +15,7 @@ from sparingly.nn.bag import SelectiveBag
 from sparingly.nn.cascade import NEVER, Staged
 from sparingly.nn.decoding import compiled_steps
 from sparingly.nn.ffn import SelectiveFFN
+from sparingly.nn.gate import ALWAYS, Counts, Gate
 from sparingly.nn.selective import Selective, needed
 from sparingly.ops import fallbacks, registered
 
@@ -146,6 +147,40 @@ class Exits:
         return _printed(self)
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What a gate has done: its ``threshold`` (None: the network is always awake), what came since calibration
+    (``live``) and then (``expected``), why its scout ``failed`` last, and its contract; None before calibration."""
+
+    threshold: float | None
+    live: Counts
+    expected: Counts
+    why_failed: str | None
+    contract: Contract | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        contract = None if self.contract is None else self.contract.as_dict()
+        live, expected = self.live._asdict(), self.expected._asdict()
+        return {"contract": contract, "threshold": self.threshold, "live": live, "expected": expected,
+                "why_failed": self.why_failed}  # fmt: skip
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table("", "items", "awake", "wakes", "net ran on", "scout failed", show_edge=False)
+        for name, counts in (("since calibration", self.live), ("in calibration", self.expected)):
+            why = f": {self.why_failed}" if counts is self.live and counts.failed else ""
+            numbers = (f"{counts.wakes:,}", f"{counts.ran:,}", f"{counts.failed:,}{why}")
+            table.add_row(name, f"{counts.items:,}", _percent(counts.share_awake), *numbers)
+        at = "always awake" if self.threshold is None else f"awake from a score of {self.threshold:.4g}"
+        table.caption = f"{at}\n{'not calibrated: no contract' if self.contract is None else self.contract}"
+        return table
+
+    def __str__(self) -> str:
+        return _printed(self)
+
+
 def _exits(model: Staged) -> Exits:
     thresholds: list[float | None] = [None if value == NEVER else value for value in model.thresholds.tolist()]
     stages = []
@@ -168,15 +203,20 @@ def _exits(model: Staged) -> Exits:
 @overload
 def explain(model: Staged) -> Exits: ...  # pyright: ignore[reportOverlappingOverload]
 @overload
+def explain(model: Gate) -> Watched: ...  # pyright: ignore[reportOverlappingOverload]
+@overload
 def explain(model: nn.Module) -> Explanation: ...
-def explain(model: nn.Module) -> Explanation | Exits:
+def explain(model: nn.Module) -> Explanation | Exits | Watched:
     """What the selective layers of ``model`` have done since they were made, calibrated or reset; of a cascade, what
-    has left where.
+    has left where; of a gate, how much of the stream woke its network.
 
     Raises ValueError if there are none.
     """
     if isinstance(model, Staged):
         return _exits(model)
+    if isinstance(model, Gate):
+        at = None if model.threshold == ALWAYS else model.threshold
+        return Watched(at, model.counts, model.expected, model.why_failed, model.sparingly_contract)
     layers = needed(_selective(model))
     rows = []
     known = {(name, where): (available, reason) for name, where, available, reason in registered()}

@@ -1,4 +1,4 @@
-"""Whether a cascade still meets what it was calibrated on: live shares of its exits beside calibration's."""
+"""Whether a cascade or gate still meets what it was calibrated on: live shares beside calibration's."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from sparingly.nn.cascade import Staged
+from sparingly.nn.gate import Counts, Gate
 
 
 @dataclass(frozen=True)
 class Drift:
-    """What share of the inputs left at each stage, in calibration (``expected``) and since (``live``, of ``n``).
+    """What share of the inputs left at each stage, in calibration (``expected``) and since (``live``, of ``n``). Of a
+    gate, the first stage is the scout, the second the network.
 
     ``distance``: half the sum of their differences, 0..1: so many inputs leave elsewhere. ``p_value``: of "both are
     draws from one distribution" (G-test; Woolf 1957). ``drifted``: both say that inputs have changed, so that the
@@ -40,21 +42,24 @@ class Drift:
         return f"{said if self.drifted else 'no change seen'} ({self.n:,} inputs, p = {self.p_value:.2g}; {shares})"
 
 
-def monitor(cascade: Staged, *, confidence: float = 0.99, distance: float = 0.02) -> Drift:
-    """Compare where inputs have left since calibration (or :meth:`Cascade.reset_counts`) with where they left then.
+def monitor(model: Staged | Gate, *, confidence: float = 0.99, distance: float = 0.02) -> Drift:
+    """Compare where inputs have left since calibration (or ``reset_counts()``) with where they left then.
 
     A test alone would call every difference a change once a stream is long enough, and a difference alone any short
     one: drift is what the test is sure of at ``confidence`` and what moves at least the share ``distance`` of the
     inputs. Look once for each window of inputs; who looks after every batch will be alarmed more often.
 
-    Raises ValueError if the cascade is not calibrated, nothing has come since, or an option is not between 0 and 1.
+    Items of a stream come in runs: in a gate's test each waking counts once, with its share of the sleep. A stream with
+    more or less in it than calibration's is also a change; whether the promise suffers is then for you to judge.
+
+    Raises ValueError if the model is not calibrated, nothing has come since, or an option is not between 0 and 1.
     """
     for name, value in (("confidence", confidence), ("distance", distance)):
         if not 0 < value < 1:
             raise ValueError(f"{name} must be between 0 and 1, got {value}")
-    counts = cascade.expected.double().cpu(), cascade.left.double().cpu()
+    counts, items = _counts(model)
     if not counts[0].sum():
-        raise ValueError("the cascade is not calibrated: call sparingly.calibrate(cascade, data, metric) first")
+        raise ValueError(f"the {type(model).__name__} is not calibrated: call sparingly.calibrate(model, data) first")
     if not counts[1].sum():
         raise ValueError("no inputs have come since calibration")
     expected, live = (count / count.sum() for count in counts)
@@ -63,11 +68,24 @@ def monitor(cascade: Staged, *, confidence: float = 0.99, distance: float = 0.02
     return Drift(
         tuple(expected.tolist()),
         tuple(live.tolist()),
-        int(counts[1].sum()),
+        items,
         moved,
         p_value,
         p_value < 1 - confidence and moved >= distance,
     )
+
+
+def _counts(model: Staged | Gate) -> tuple[tuple[Tensor, Tensor], int]:
+    """((how many left where in calibration, and since), float64 [stages] each; how many items have come since)."""
+    if isinstance(model, Gate):
+        return (_wakings(model.expected), _wakings(model.counts)), model.counts.items
+    return (model.expected.double().cpu(), model.left.double().cpu()), int(model.left.sum())
+
+
+def _wakings(counts: Counts) -> Tensor:
+    """Items asleep and awake, thinned so that one awake stands for each waking."""
+    thinned = counts.wakes / counts.awake if counts.awake else 1.0
+    return torch.tensor([counts.items - counts.awake, counts.awake], dtype=torch.float64) * thinned
 
 
 def _same(counts: Tensor) -> float:

@@ -16,7 +16,6 @@ from sparingly._calibrate_cascade import _path, falling, left_at
 from sparingly.metrics import accuracy
 from sparingly.nn._leaving import FEATURES, KINDS, fit_learned, learned, sure_rows
 from sparingly.nn.cascade import MEASURES, NEVER
-from sparingly.nn.exits import ExitNetwork
 
 CLASSES = 3
 
@@ -232,11 +231,19 @@ def test_the_contract_is_broken_as_seldom_as_it_says():
     assert 0.003 < np.mean(lost) < 0.02
 
 
+def net_with_exits() -> Any:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, CLASSES)).eval()
+    model = sp.add_exits_(net, at=["1", "3"])
+    sp.train_exits(model, points(400)[0].split(100), epochs=3, lr=1e-2)
+    return model
+
+
 @pytest.mark.parametrize("committee", [False, True])
 def test_exits_of_the_last_stage_are_stages(committee):
-    exits = with_exits()[0]
+    exits = net_with_exits()
     made = sp.Cascade([Linear(2.0), Linear(1.0), exits], committee=committee)
-    assert made.names == ["Linear", "Linear", "first", "Deep"]
+    assert made.names == ["Linear", "Linear", "1", "3", "Sequential"]
     x, _ = points(300)
     answers = made.stage_answers(x)
     alone = [Linear(2.0)(x).softmax(1), Linear(1.0)(x).softmax(1), *exits.stage_answers(x)]
@@ -257,7 +264,7 @@ def test_exits_of_the_last_stage_are_stages(committee):
 
 def test_a_committee_is_calibrated_against_all_of_it():
     x, y = points(4000)
-    made = sp.Cascade([Linear(3.0), Linear(2.0), with_exits()[0]], committee=True)
+    made = sp.Cascade([Linear(3.0), Linear(2.0), net_with_exits()], committee=True)
     contract = sp.calibrate(made, (x, y), "accuracy", max_drop=0.03)
     fresh, right = points(4000, 1)
     whole, own = (found.argmax(1) == right for found in (made.stage_answers(fresh)[-1], made(fresh)))
@@ -325,9 +332,10 @@ def test_a_batch_of_one_is_asked_and_counted_like_any_other():
     assert one.left.tolist() == whole.left.tolist() and 0 < int(one.left[0]) < 50
 
 
-def test_a_cascade_in_a_cascade_is_refused():
-    with pytest.raises(ValueError, match="give its stages"):
-        sp.Cascade([Linear(2.0), cascade(Linear(2.0), Linear(1.0))])
+def test_only_the_last_stage_may_have_exits():
+    for stages in ([net_with_exits(), Linear(1.0)], [Linear(2.0), cascade(Linear(2.0), Linear(1.0))]):
+        with pytest.raises(TypeError, match="only the last stage may have exits"):
+            sp.Cascade(stages)
 
 
 def test_a_path_begins_with_few_that_leave():
@@ -340,55 +348,12 @@ def test_a_path_begins_with_few_that_leave():
     assert left == sorted(left) and left[0] < 0.25 * left[-1]
 
 
-class Deep(nn.Module):
-    """Two layers; the answer is clear after the first for most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.out = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, CLASSES)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(torch.relu(self.second(torch.relu(self.first(x)))))
-
-
-def with_exits() -> tuple[ExitNetwork, torch.Tensor, torch.Tensor]:
-    x, y = points(6000)
-    net = Deep()
-    optim = torch.optim.Adam(net.parameters(), lr=0.01)
-    for part, right in zip(x.split(500), y.split(500), strict=True):
-        optim.zero_grad()
-        nn.functional.cross_entropy(net(part), right).backward()
-        optim.step()
-    model = sp.add_exits_(net, at=["first"])
-    sp.train_exits(model, list(x.split(500)), epochs=5)
-    return model, x, y
-
-
-@pytest.mark.parametrize("measure", ["maximum", "learned"])
-def test_the_exits_of_the_last_stage_are_stages_too(measure):
-    model, x, y = with_exits()
-    model.measure = measure
-    made = cascade(Linear(1.5), model, measure=measure)
-    assert made.names == ["Linear", "first", "Deep"] and len(made.stage_answers(x[:7])) == 3
-    contract = sp.calibrate(made, (x, y), "accuracy", max_drop=0.05)
-    assert contract.holds and set(contract.setting or {}) == {"stage 0", "stage 1"}
-    answers = made.stage_answers(x)
-    sure = [made.sure(stage, place) for place, stage in enumerate(answers[:-1])]
-    made.thresholds.copy_(torch.stack([sure[0].quantile(0.6), sure[1].quantile(0.4)]))
-    out = made(x)
-    exits = left_at(made.thresholds.tolist(), sure)
-    assert torch.equal(made.exits, exits) and len(set(exits.tolist())) == 3
-    for place, stage in enumerate(answers):
-        torch.testing.assert_close(out[exits == place], stage[exits == place], atol=1e-5, rtol=1e-4)
-    assert made.left.tolist() == torch.bincount(exits, minlength=3).tolist()
-    assert [made(x[i : i + 1]).argmax() for i in range(20)] == out[:20].argmax(1).tolist()
-    assert len(sp.explain(made).stages) == 3
-
-
-def test_a_stage_with_exits_comes_last_and_measures_alike():
-    model, _, _ = with_exits()
-    with pytest.raises(ValueError, match="it must come last"):
-        sp.Cascade([model, Linear(0.0)])
-    with pytest.raises(ValueError, match="the cascade must have the same measure"):
-        sp.Cascade([Linear(0.0), model], measure="margin")
+def test_a_committee_that_is_not_calibrated_needs_no_measure():
+    x, _ = points(20)
+    made = cascade(Linear(2.0), Linear(1.0), measure="learned", committee=True)
+    torch.testing.assert_close(made(x), made.stage_answers(x)[-1])
+    assert made.left.tolist() == [0, 20]
+    alone = cascade(
+        lambda given: Linear(2.0)(given).softmax(1).double(), Linear(1.0), measure="learned", committee=True
+    )
+    torch.testing.assert_close(alone(x[:1]), made(x[:1]))

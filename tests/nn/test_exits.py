@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import sparingly as sp
+from sparingly.nn import _passes
 from sparingly.nn.cascade import NEVER
+from sparingly.nn.exits import ExitNetwork
 
 CLASSES = 3
 
@@ -239,3 +241,93 @@ def test_bad_places_and_batches(trained, ready):
     assert all(torch.equal(value, before[name]) for name, value in ready.state_dict().items())
     with pytest.raises(RuntimeError, match=r"call sparingly\.train_exits"):
         with_exits(trained).stage_answers(points(3)[0])
+
+
+class Residuals(nn.Module):
+    """A stem, four equal blocks around which their input passes, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(4, 16)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)) for _ in range(4))
+        self.out = nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.out(x)
+
+
+def test_auto_chooses_where_inputs_may_leave():
+    """Inside of a residual sum nobody may leave, so only the stem is left of Residuals; a plain sequence has places at
+    a quarter and at half of its multiplications."""
+    x = torch.randn(16, 4)
+    net = Residuals()
+    model = sp.add_exits_(net, at="auto")
+    assert model.names == ["Residuals"]
+    sp.train_exits(model, [x])
+    assert model.names == ["stem", "Residuals"]
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 16), *[nn.Linear(16, 16) for _ in range(8)], nn.Linear(16, CLASSES))
+    model = sp.add_exits_(plain, at="auto")
+    sp.train_exits(model, [x])
+    # 64 + 8 * 256 + 48 multiplications: after the second of the large layers a quarter is done, after the fourth half.
+    assert model.names == ["2", "4", "Sequential"]
+    model.thresholds.fill_(0.0)
+    model(x)
+    assert model.exits.tolist() == [0] * 16
+
+
+def test_auto_says_when_there_is_no_place():
+    class Nowhere(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x) + x)
+
+    model = sp.add_exits_(Nowhere(), at="auto")
+    with pytest.raises(ValueError, match="nothing can leave at any of"):
+        sp.train_exits(model, [torch.randn(8, 4)])
+    with pytest.raises(ValueError, match='at must be a list of layers\' names or "auto"'):
+        sp.add_exits_(Nowhere(), at="a")  # pyright: ignore[reportArgumentType]
+
+
+def test_removed_exits_leave_the_network_as_it_was():
+    net = Residuals()
+    model = sp.add_exits_(net, at=["stem"])
+    assert model.remove() is net
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(_passes, "SAVE_EVERY_S", 0.0)
+    data = [torch.randn(16, 4, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+
+    def fresh() -> ExitNetwork:
+        torch.manual_seed(1)
+        return sp.add_exits_(Residuals(), at=["stem"])
+
+    whole = fresh()
+    torch.manual_seed(2)
+    losses = sp.train_exits(whole, data, epochs=3)
+    broken, calls = fresh(), []
+
+    def interrupt(what: str, part: float | None) -> None:
+        calls.append(part)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+
+    torch.manual_seed(2)
+    with pytest.raises(KeyboardInterrupt):
+        sp.train_exits(broken, data, epochs=3, progress=interrupt, checkpoint=tmp_path / "exits.pt")
+    assert broken.heads[0].linear is None  # As before.
+    again = sp.train_exits(broken, data, epochs=3, checkpoint=tmp_path / "exits.pt")
+    assert again == pytest.approx(losses)
+    for one, other in zip(whole.heads.parameters(), broken.heads.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match="is of a training of 18 steps, this one has 6"):
+        sp.train_exits(fresh(), data, checkpoint=tmp_path / "exits.pt")

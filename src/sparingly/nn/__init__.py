@@ -6,6 +6,7 @@ from sparingly.nn.compiled import CompiledPlan, compile_plan
 from sparingly.nn.conv import SelectiveConv
 from sparingly.nn.exits import ExitNetwork, add_exits_, train_exits
 from sparingly.nn.ffn import SelectiveFFN
+from sparingly.nn.gate import Events, Gate
 from sparingly.nn.head import SelectiveHead
 from sparingly.nn.linear import SelectiveLinear
 from sparingly.nn.mlp import SelectiveMLP
@@ -17,7 +18,9 @@ from sparingly.nn.tune import Tried, TuneReport
 __all__ = [
     "Cascade",
     "CompiledPlan",
+    "Events",
     "ExitNetwork",
+    "Gate",
     "Plan",
     "ScreenHead",
     "Selective",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 from sparingly._data import call
 from sparingly._data import inputs as inputs_of
 from sparingly._progress import Say, silent
-from sparingly.nn._exit_batch import Batch, pooled
+from sparingly.nn._exit_batch import Batch
+from sparingly.nn._exit_places import find_places
 from sparingly.nn._modes import evaluating
 from sparingly.nn._passes import run_passes
 from sparingly.nn.cascade import NEVER, Staged, checked, length, multiplied
@@ -31,9 +33,9 @@ class ExitHead(nn.Module):
         self.norm: nn.LayerNorm | None = None
         self.linear: nn.Linear | None = None
 
-    def make(self, hidden: Tensor, classes: int) -> None:
-        """Give it the sizes of ``hidden``."""
-        self._sized(pooled(hidden).shape[1], classes, hidden.device)
+    def make(self, pooled: Tensor, classes: int) -> None:
+        """Give it the sizes of ``pooled`` [n, channels]."""
+        self._sized(pooled.shape[1], classes, pooled.device)
 
     def _sized(self, width: int, classes: int, device: torch.device) -> None:
         self.norm, self.linear = nn.LayerNorm(width).to(device), nn.Linear(width, classes).to(device)
@@ -49,11 +51,11 @@ class ExitHead(nn.Module):
             self._sized(weight.shape[1], weight.shape[0], weight.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """What a layer gives, pooled or not -> logits [n, classes]. Raises RuntimeError before it was trained."""
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[n, channels] -> logits [n, classes]. Raises RuntimeError before it was trained."""
         if self.norm is None or self.linear is None:
             raise RuntimeError("exits are not trained: call sparingly.train_exits(model, batches) first")
-        return self.linear(self.norm(pooled(hidden)))
+        return self.linear(self.norm(pooled))
 
 
 class ExitNetwork(Staged):
@@ -69,23 +71,41 @@ class ExitNetwork(Staged):
         net: the network itself; ``heads``: a head for each exit.
     """
 
-    def __init__(self, net: nn.Module, at: Sequence[str], *, measure: str = "maximum"):
-        at = list(at)
+    def __init__(self, net: nn.Module, at: Sequence[str] | Literal["auto"], *, measure: str = "maximum"):
+        super().__init__([type(net).__name__], measure)
+        self.net, self.auto = net, at == "auto"
+        self.heads: Any = nn.ModuleList()
+        self._run: Callable[[int, Tensor], Tensor] | None = None
+        self._batch: Batch | None = None
+        self._hooks: list[Any] = []
+        if isinstance(at, str) and at != "auto":
+            raise ValueError(f'at must be a list of layers\' names or "auto", got {at!r}')
+        if not isinstance(at, str):
+            self.place(at)
+
+    def place(self, at: Sequence[str]) -> None:
+        """Put an exit at each of these layers, in the order in which they run; there are none so far. Raises ValueError
+        for a name that is not there."""
+        at, net = list(at), self.net
         modules = dict(net.named_modules())
         missing = [name for name in at if name not in modules or not name]
         if not at or missing or len(set(at)) < len(at):
             some = ", ".join(repr(name) for name in list(modules)[1:12])
             raise ValueError(f"at must name layers of the network, each once, such as {some}; got {at}")
-        super().__init__([*at, type(net).__name__], measure)
-        self.net = net
+        self._stages([*at, type(net).__name__])
         # Names with dots are no keys of a ModuleDict.
-        self.heads: Any = nn.ModuleList(ExitHead() for _ in at)
-        self._run: Callable[[int, Tensor], Tensor] | None = None
-        self._batch: Batch | None = None
+        self.heads.extend(ExitHead() for _ in at)
         for place, name in enumerate(at):
-            modules[name].register_forward_hook(self._hook(place))
+            self._hooks.append(modules[name].register_forward_hook(self._hook(place)))
         for module in modules.values():
-            module.register_forward_pre_hook(self._given, with_kwargs=True)
+            self._hooks.append(module.register_forward_pre_hook(self._given, with_kwargs=True))
+
+    def remove(self) -> nn.Module:
+        """Take every exit off, and give the network as it was before."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        return self.net
 
     def _given(self, module: nn.Module, args: Any, named: Any) -> Any:
         return None if self._batch is None else self._batch.arguments(args, named)
@@ -233,7 +253,7 @@ def _probabilities(logits: Tensor, place: int) -> Tensor:
     return checked(logits.float().softmax(dim=1), logits.shape[0], place)
 
 
-def add_exits_(net: nn.Module, at: Sequence[str], *, measure: str = "maximum") -> ExitNetwork:
+def add_exits_(net: nn.Module, at: Sequence[str] | Literal["auto"], *, measure: str = "maximum") -> ExitNetwork:
     """Let inputs leave a classifier early: ``at`` names layers of ``net``, in the order in which they run.
 
     The network gets a hook at each of them and is otherwise as it was; the model that is returned runs it. Train the
@@ -243,7 +263,8 @@ def add_exits_(net: nn.Module, at: Sequence[str], *, measure: str = "maximum") -
     Args:
         net: any classifier of tensors, array-like batches or mappings: logits [n, classes], or an output with
             ``.logits``.
-        at: names as in ``net.named_modules()``.
+        at: names as in ``net.named_modules()``. "auto": :func:`sparingly.train_exits` chooses them on its first batch,
+            where about a quarter and a half of the network's multiplications are done and inputs may leave.
         measure: see :class:`sparingly.Cascade`.
 
     Raises ValueError for a name that is not there. Teerapittayanon, McDanel, Kung, BranchyNet: Fast Inference via Early
@@ -256,6 +277,39 @@ def add_exits_(net: nn.Module, at: Sequence[str], *, measure: str = "maximum") -
     return ExitNetwork(net, at, measure=measure)
 
 
+AUTO = (0.25, 0.5)
+"""After which shares of a network's multiplications it gets exits by itself."""
+
+
+def _chosen(net: nn.Module, inputs: Any) -> list[str]:
+    """For each share in AUTO the nearest layer at which inputs may leave, in running order.
+
+    Raises ValueError if there is none.
+    """
+    places = find_places(net, inputs, length(inputs))
+    found: set[str] = set()
+    for share in AUTO:
+        nearest = sorted(places, key=lambda name: abs(places[name] - share))
+        found.update(next(([name] for name in nearest if name in found or _may_leave(net, name, inputs)), []))
+    if not found:
+        raise ValueError(f"nothing can leave at any of {list(places)}: name layers yourself, at=[...]")
+    return [name for name in places if name in found]
+
+
+def _may_leave(net: nn.Module, name: str, inputs: Any) -> bool:
+    trial = ExitNetwork(net, [name])
+    try:
+        with evaluating(trial), torch.no_grad():
+            logits, (hidden,) = trial.collect(inputs)
+            trial.heads[0].make(hidden, logits.shape[1])
+            trial.check_exits(inputs, _probabilities(logits, 1))
+    except ValueError:
+        return False
+    finally:
+        trial.remove()
+    return True
+
+
 def train_exits(
     model: ExitNetwork,
     batches: Iterable[Any],
@@ -264,6 +318,7 @@ def train_exits(
     lr: float = 1e-3,
     freeze: bool = True,
     progress: Say | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> list[float]:
     """Teach every exit what the network itself answers; no labels are needed. Returns the mean loss of each epoch.
 
@@ -277,15 +332,19 @@ def train_exits(
         freeze: only exits learn, from the network in evaluation mode. False: the network learns too, from targets,
             which then must be there, with every exit's loss added.
         progress: called with what is being done and the share done.
+        checkpoint: a file that training goes on from after an interruption; written every 30 seconds and at the end.
 
-    Raises ValueError if there are no batches, targets are missing, examples of a batch depend on one another at an exit
-    (see :class:`ExitNetwork`), or answers hold NaN; exits and network are then as they were.
+    Raises ValueError if there are no batches, targets are missing, the checkpoint is of another training, examples of a
+    batch depend on one another at an exit (see :class:`ExitNetwork`), or answers hold NaN; exits and network are then
+    as they were.
     """
     data = list(batches)
     if not data or epochs < 1:
         raise ValueError(f"train_exits needs at least 1 batch and 1 epoch, got {len(data)} and {epochs}")
     if not freeze and not all(isinstance(batch, (tuple, list)) and len(batch) == 2 for batch in data):
         raise ValueError("without freeze the network learns from targets: give batches (inputs, targets)")
+    if model.auto and not model.heads:
+        model.place(_chosen(model.net, inputs_of(data[0])))
     with evaluating(model), torch.no_grad():
         logits, hidden = model.collect(inputs_of(data[0]))
         whole = _probabilities(logits, len(model.heads))
@@ -296,7 +355,7 @@ def train_exits(
             if head.linear is None:
                 head.make(part, logits.shape[1])
         model.check_exits(inputs_of(data[0]), whole)
-        return _train(model, data, epochs, lr, freeze, progress or silent)
+        return _train(model, data, epochs, lr, freeze, progress or silent, checkpoint)
     except BaseException:
         for head, new in zip(model.heads, fresh, strict=True):
             if new:
@@ -308,7 +367,9 @@ def train_exits(
         raise
 
 
-def _train(model: ExitNetwork, data: list[Any], epochs: int, lr: float, freeze: bool, say: Say) -> list[float]:
+def _train(
+    model: ExitNetwork, data: list[Any], epochs: int, lr: float, freeze: bool, say: Say, checkpoint: Any
+) -> list[float]:
     learning = list(model.heads.parameters()) + ([] if freeze else list(model.net.parameters()))
 
     def loss(batch: Any) -> Tensor:
@@ -322,6 +383,7 @@ def _train(model: ExitNetwork, data: list[Any], epochs: int, lr: float, freeze: 
     mode = model.net.training
     model.net.train(not freeze)
     try:
-        return run_passes(data, epochs, torch.optim.AdamW(learning, lr=lr), loss, say, "training exits")
+        optimizer, learner = torch.optim.AdamW(learning, lr=lr), model.heads if freeze else model
+        return run_passes(data, epochs, optimizer, loss, say, "training exits", learner, checkpoint)
     finally:
         model.net.train(mode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -62,6 +63,7 @@ def distill_scout(
     lr: float = 2e-3,
     width: int = 64,
     progress: Say | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Train a small network from a large one's answers; no labels are needed. For ``sparingly.Cascade([scout, net])``.
 
@@ -72,6 +74,7 @@ def distill_scout(
             see :func:`scout_for`, of that ``width``.
         epochs, lr: passes, and the rate of :func:`sparingly.optimizer`, which falls to 0 along a cosine.
         progress: called with what is being done and the share done.
+        checkpoint: a file that training goes on from after an interruption; written every 30 seconds and at the end.
 
     Returns the scout, in evaluation mode. Raises ValueError for no batches, answers that are no probabilities or hold
     NaN, or a scout of other classes; TypeError for inputs that no scout is known for. Hinton, Vinyals, Dean, Distilling
@@ -95,7 +98,7 @@ def distill_scout(
 
     trained.train()
     pairs = list(zip(data, wanted, strict=True))
-    run_passes(pairs, epochs, optimizer(trained, lr=lr), loss, say, "training the scout")
+    run_passes(pairs, epochs, optimizer(trained, lr=lr), loss, say, "training the scout", trained, checkpoint)
     return trained.eval()
 
 

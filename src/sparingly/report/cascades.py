@@ -1,4 +1,4 @@
-"""What a result of a cascade says: its contract, other splits of the same examples, who leaves where."""
+"""What a result of a cascade or gate says: its contract, other splits of the same examples, who leaves where."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from sparingly.report.conversion import Table, contract
 from sparingly.report.result import Interval, Workload
-from sparingly.report.text import percent, percent_interval
+from sparingly.report.text import figure, percent, percent_interval, times_interval
 
 SHOWN = 60
 """Characters of an example that are shown."""
@@ -45,7 +45,28 @@ def tables(workload: Workload, examples: bool = True) -> list[Table]:
     rows = [_stage(stage) for stage in stages]
     if examples and any(_shown(stage) for stage in stages):
         heads, rows = (*heads, "examples"), [(*row, _shown(stage)) for row, stage in zip(rows, stages, strict=True)]
-    return [Table("Who leaves where", heads, tuple(rows))] if rows else []
+    made = [Table("Who leaves where", heads, tuple(rows)), _duties(workload)]
+    return [table for table in made if table.rows]
+
+
+def _duties(workload: Workload) -> Table:
+    """A gate over streams that differ in how much of them is worth waking for."""
+    rows = []
+    for duty, row in (workload.raw.get("duties") or {}).items():
+        saved = [Interval.of((row[job].get("saving") or {}).get("cpu_s")) for job in ("batch_1", "best_batch")]
+        events = f"{row['events']['missed']} of {row['events']['n']:,}"
+        told = (percent(row["share_ran"]), *("–" if one is None else times_interval(one) for one in saved), events)
+        rows.append((percent(float(duty)), *told, percent(row["missed_chunks"]), figure(row["false_wakes_per_hour"])))
+    heads = (
+        "duty",
+        "network ran on",
+        "one at a time",
+        "best batches",
+        "events missed",
+        "of its items",
+        "false wakes/h",
+    )
+    return Table("Streams by duty, on fresh data: processor time of the large network ÷ the gate's", heads, tuple(rows))
 
 
 def _stage(stage: dict[str, Any]) -> tuple[str, ...]:

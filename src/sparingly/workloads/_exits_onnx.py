@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparingly.nn._exit_batch import pooled
 from sparingly.nn.cascade import NEVER
 from sparingly.nn.exits import ExitNetwork
 from sparingly.workloads._onnx import session
@@ -22,7 +23,7 @@ class _Piece(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.layers(x)
-        return hidden, self.head(hidden).softmax(1)
+        return hidden, self.head(pooled(hidden)).softmax(1)
 
 
 class _Last(nn.Module):

@@ -94,6 +94,9 @@ class Texts:
 
 def from_bytes(texts: list[bytes]) -> tuple[Tensor, Tensor]:
     """Texts -> (uint8 [n, longest of them], lengths int64 [n]); cut after LONGEST bytes."""
+    if len(texts) == 1 and texts[0]:  # A third of the time of what follows.
+        one = np.frombuffer(texts[0][:LONGEST], np.uint8)
+        return torch.from_numpy(one.copy()).unsqueeze(0), torch.tensor([len(one)])
     cut = [text[:LONGEST] for text in texts]
     lengths = np.fromiter(map(len, cut), np.int64, len(cut))
     width = int(lengths.max(initial=1))
