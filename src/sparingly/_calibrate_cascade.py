@@ -144,7 +144,10 @@ def _path(metric: Metric, losses: Tensor, sure: Tensor, limit: float) -> list[di
     best: dict[float, dict[str, float]] = {}
     for price in prices:
         thresholds = [float(at[levels <= price].min(initial=NEVER)) for at, levels in expected]
-        chosen = _chosen(losses, left_at(thresholds, sure))
+        exits = left_at(thresholds, sure)
+        # Where nobody leaves, nobody shall at a point before this one, at which fewer have left earlier.
+        thresholds = [at if (exits == place).any() else NEVER for place, at in enumerate(thresholds)]
+        chosen = _chosen(losses, exits)
         mean = float(metric.drops(losses[-1], chosen).double().mean())
         for share in SHARES:
             if mean <= share * limit:
@@ -157,15 +160,11 @@ def _path(metric: Metric, losses: Tensor, sure: Tensor, limit: float) -> list[di
 
 
 def _careful(thresholds: list[float], sure: Tensor) -> list[list[float]]:
-    """Thresholds before these at which only the surest of those that leave do; none where nobody leaves."""
-    exits = left_at(thresholds, sure)
-    leavers = [how[exits == place] for place, how in enumerate(sure)]
-    if not any(map(len, leavers)):
+    """Thresholds before these, which only the surest of those reach that reach these; none where nobody does."""
+    reach = [how[how >= at] for how, at in zip(sure, thresholds, strict=True)]
+    if not any(map(len, reach)):
         return []
-    return [
-        [float(how.quantile(1 - share)) if len(how) else at for how, at in zip(leavers, thresholds, strict=True)]
-        for share in CAREFUL
-    ]
+    return [[float(how.quantile(1 - share)) if len(how) else NEVER for how in reach] for share in CAREFUL]
 
 
 def falling(sure: np.ndarray, lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

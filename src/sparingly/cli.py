@@ -127,7 +127,7 @@ def measure(
 
 WORKLOADS = (
     *("spell", "smollm", "minilm", "relu", "fashion", "lm", "census"),
-    *("langid", "fashion-cnn", "stream"),
+    *("langid", "fashion-cnn", "topic", "stream"),
 )
 
 

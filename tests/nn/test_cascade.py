@@ -346,3 +346,14 @@ def test_a_path_begins_with_few_that_leave():
     path = [point["stage 0"] for point in _path(accuracy, losses, sure, 0.2)]
     left = [float((sure >= at).double().mean()) for at in path]
     assert left == sorted(left) and left[0] < 0.25 * left[-1]
+
+
+def test_a_committee_that_is_not_calibrated_needs_no_measure():
+    x, _ = points(20)
+    made = cascade(Linear(2.0), Linear(1.0), measure="learned", committee=True)
+    torch.testing.assert_close(made(x), made.stage_answers(x)[-1])
+    assert made.left.tolist() == [0, 20]
+    alone = cascade(
+        lambda given: Linear(2.0)(given).softmax(1).double(), Linear(1.0), measure="learned", committee=True
+    )
+    torch.testing.assert_close(alone(x[:1]), made(x[:1]))

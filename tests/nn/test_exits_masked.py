@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sparingly as sp
-from sparingly.nn.exits import pooled
+from sparingly.nn._exit_batch import pooled
 
 CLASSES = 3
 SMALL = {"vocab_size": 40, "max_position_embeddings": 24, "num_labels": CLASSES, "initializer_range": 0.3}

@@ -230,15 +230,15 @@ class Cascade(Staged):
             found = found.detach().numpy()
         plain = isinstance(found, np.ndarray) and found.dtype == np.float32 and found.flags.c_contiguous
         if plain and found.ndim == 2 and found.shape[0] == count and found.shape[1]:
-            kind = 0 if threshold == -NEVER else KINDS.index(self.measure)
+            kind = 0 if abs(threshold) == NEVER else KINDS.index(self.measure)
             weights = self._learned(place, found.shape[1]).cpu().numpy() if kind == 3 else _NO_WEIGHTS
             sure = np.empty(count)
             if sure_rows(found, kind, weights, sure) < 0:
                 leaves = sure >= threshold
                 return torch.from_numpy(found), torch.from_numpy(leaves), int(np.count_nonzero(leaves))
         answers = checked(found, count, place)
-        if threshold == -NEVER:
-            return answers, torch.ones(count, dtype=torch.bool), count
+        if abs(threshold) == NEVER:
+            return answers, torch.full((count,), threshold < 0), count if threshold < 0 else 0
         going = (self.sure(answers, place) >= threshold).cpu()
         return answers, going, int(going.sum())
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,89 +14,19 @@ from torch.nn import functional as F
 from sparingly._data import call
 from sparingly._data import inputs as inputs_of
 from sparingly._progress import Say, silent
+from sparingly.nn._exit_batch import Batch
 from sparingly.nn._exit_places import find_places
 from sparingly.nn._modes import evaluating
 from sparingly.nn._passes import run_passes
 from sparingly.nn.cascade import NEVER, Staged, checked, length, multiplied
-
-MASK = "attention_mask"
-"""The input, of those that come by name, that is 1 at an example's own tokens and 0 at padding: [n, tokens]."""
 
 
 class _AllLeft(Exception):
     """Nothing is left to compute."""
 
 
-class _Batch:
-    """A batch some of which have left; what layers before an exit were given as well as later ones is cut to the rest.
-
-    An encoder gives every layer the same attention mask, as long as the batch was at first. Such a tensor is known by
-    its identity, not by its length: what comes out of a layer behind the exit may happen to be as long.
-
-    Attributes:
-        waiting: int64 [m], which examples are left.
-    """
-
-    def __init__(self, count: int):
-        self.count, self.waiting = count, torch.arange(count)
-        self._whole: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-        self._cut: dict[int, Tensor] = {}
-
-    def leave(self, going: Tensor) -> Tensor:
-        """going bool [m], on the CPU -> which examples these are."""
-        left, self.waiting = self.waiting[going], self.waiting[~going]
-        self._cut.clear()
-        return left
-
-    def given(self, value: Any) -> Any:
-        """What a layer is given, nested in tuples, lists and dicts -> the same for those that are left."""
-        if isinstance(value, Tensor):
-            return self._rest(value)
-        if type(value) is dict:
-            return {name: self.given(part) for name, part in value.items()}
-        return type(value)(map(self.given, value)) if type(value) in (tuple, list) else value
-
-    def _rest(self, tensor: Tensor) -> Tensor:
-        if len(self.waiting) == self.count:
-            if tensor.dim() and len(tensor) == self.count:
-                self._whole[id(tensor)] = tensor
-            return tensor
-        if self._whole.get(id(tensor)) is not tensor:
-            return tensor
-        if id(tensor) not in self._cut:
-            self._cut[id(tensor)] = tensor[self.waiting.to(tensor.device)]
-        return self._cut[id(tensor)]
-
-
-GRID = 4
-"""Parts of a picture's height and width that exits tell apart: an early layer knows what is where, which one mean over
-the picture would lose."""
-
-
-def pooled(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Means over places, float32: [n, tokens, channels] or [n, channels] -> [n, channels], and of pictures
-    [n, channels, height, width] -> [n, channels * parts], of at most GRID by GRID parts of each.
-
-    mask [n, tokens]: 1 for tokens that count, 0 for padding.
-    """
-    if hidden.dim() == 4:
-        part = [math.ceil(int(size) / GRID) for size in hidden.shape[2:]]
-        return F.avg_pool2d(hidden.float(), part, ceil_mode=True).flatten(1)
-    if hidden.dim() != 3:
-        return hidden.float().flatten(2).mean(dim=2) if hidden.dim() > 4 else hidden.float()
-    if mask is None or mask.shape != hidden.shape[:2]:
-        return hidden.float().mean(dim=1)
-    weights = mask.to(hidden.device).float().unsqueeze(2)
-    return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1.0)
-
-
-def _mask(inputs: Any) -> Tensor | None:
-    mask = inputs.get(MASK) if isinstance(inputs, Mapping) else None
-    return mask if isinstance(mask, Tensor) else None
-
-
 class ExitHead(nn.Module):
-    """Class scores from what a layer gives, :func:`pooled`: normed, then linear. Sizes are those of the first batch."""
+    """Class scores from what a layer gives, pooled: normed, then linear. Sizes are those of the first batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,8 +65,7 @@ class ExitNetwork(Staged):
     where all have left, the rest of the network does not run. A tensor that layers before an exit were given as well as
     later ones, such as an attention mask, is cut to the others' part too. Anything else that flows on must come out of
     the layer with the exit: a connection that passes it by keeps its old length, and :func:`sparingly.train_exits`
-    refuses it. Where inputs come by name and "attention_mask" [n, tokens] is among them, exits pool over tokens whose
-    mask is 1.
+    refuses it. Where a layer is given an ``attention_mask`` [n, tokens] by name, exits pool over tokens that it keeps.
 
     Attributes:
         net: the network itself; ``heads``: a head for each exit.
@@ -149,7 +76,7 @@ class ExitNetwork(Staged):
         self.net, self.auto = net, at == "auto"
         self.heads: Any = nn.ModuleList()
         self._run: Callable[[int, Tensor], Tensor] | None = None
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self._hooks: list[Any] = []
         if isinstance(at, str) and at != "auto":
             raise ValueError(f'at must be a list of layers\' names or "auto", got {at!r}')
@@ -181,7 +108,7 @@ class ExitNetwork(Staged):
         return self.net
 
     def _given(self, module: nn.Module, args: Any, named: Any) -> Any:
-        return None if self._batch is None else (self._batch.given(args), self._batch.given(named))
+        return None if self._batch is None else self._batch.arguments(args, named)
 
     def _hook(self, place: int) -> Callable[..., Any]:
         def hook(module: nn.Module, given: Any, output: Any) -> Any:
@@ -203,28 +130,28 @@ class ExitNetwork(Staged):
     def collect(self, inputs: Any) -> tuple[Tensor, list[Tensor]]:
         """The network's own logits [n, classes] and what each layer with an exit gave, pooled: [n, channels] each."""
         seen: dict[int, Tensor] = {}
-        mask = _mask(inputs)
+        batch = Batch(length(inputs))
 
         def run(place: int, hidden: Tensor) -> Tensor:
             if place in seen:
                 raise ValueError(
                     f"the layer {self.names[place]!r} runs more than once: an exit needs one that runs once"
                 )
-            seen[place] = pooled(hidden, mask)
+            seen[place] = batch.pooled(hidden)
             return hidden
 
-        logits = self._through(run, inputs)
+        logits = self._through(run, inputs, batch)
         absent = [name for place, name in enumerate(self.names[:-1]) if place not in seen]
         if absent:
             raise ValueError(f"these layers did not run, so nothing can leave there: {absent}")
         return logits, [seen[place] for place in range(len(self.heads))]
 
-    def _through(self, run: Callable[[int, Tensor], Tensor], inputs: Any) -> Tensor:
-        self._run = run
+    def _through(self, run: Callable[[int, Tensor], Tensor], inputs: Any, batch: Batch) -> Tensor:
+        self._run, self._batch = run, batch
         try:
             output = call(self.net, inputs)
         finally:
-            self._run = None
+            self._run = self._batch = None
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -263,10 +190,10 @@ class ExitNetwork(Staged):
     ) -> tuple[Tensor, Tensor]:
         """Answers, and who left where, with those gone that ``leaves`` (exit, its probabilities) names, at the exits
         that are open."""
-        count, last, mask = length(inputs), len(self.heads), _mask(inputs)
+        count, last = length(inputs), len(self.heads)
         answers: list[tuple[Tensor, Tensor]] = []
         exits = torch.full((count,), last)
-        batch = _Batch(count)
+        batch = Batch(count)
 
         def answer(logits: Tensor, place: int) -> Tensor:
             found = _probabilities(logits, place)
@@ -278,8 +205,7 @@ class ExitNetwork(Staged):
             rows = len(batch.waiting)
             if hidden.shape[0] != rows:
                 raise ValueError(f"the layer {self.names[place]!r} gives {hidden.shape[0]} rows for {rows} examples")
-            its = None if mask is None else mask[batch.waiting.to(mask.device)]
-            found = answer(self.heads[place](pooled(hidden, its)), place)
+            found = answer(self.heads[place](batch.pooled(hidden)), place)
             going = leaves(place, found).cpu()
             gone = batch.leave(going)
             answers.append((gone, found[going.to(found.device)]))
@@ -290,8 +216,7 @@ class ExitNetwork(Staged):
 
         with evaluating(self), torch.no_grad():
             try:
-                self._batch = batch
-                logits = self._through(run, inputs)
+                logits = self._through(run, inputs, batch)
                 if logits.shape[0] != len(batch.waiting):
                     raise ValueError(
                         f"the network gives {logits.shape[0]} rows for {len(batch.waiting)} examples that are left"
@@ -299,8 +224,6 @@ class ExitNetwork(Staged):
                 answers.append((batch.waiting, answer(logits, last)))
             except _AllLeft:
                 pass
-            finally:
-                self._batch = None
         out = answers[0][1].new_zeros(count, answers[0][1].shape[1])
         for ids, found in answers:
             out[ids.to(out.device)] = found

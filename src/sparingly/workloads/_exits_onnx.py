@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparingly.nn._exit_batch import pooled
 from sparingly.nn.cascade import NEVER
-from sparingly.nn.exits import ExitNetwork, pooled
+from sparingly.nn.exits import ExitNetwork
 from sparingly.workloads._onnx import session
 
 

@@ -45,14 +45,18 @@ def fit(
     *,
     tick: Callable[[float], None] = lambda part: None,
     file: Path | None = None,
+    groups: list[dict[str, Any]] | None = None,
 ) -> Fitted:
     """Train ``model`` in place and leave it in evaluation mode.
 
     ``loss(model, step)``: a scalar for step 0, 1, ...; it must depend on nothing but its arguments and PyTorch's
     random numbers. ``tick`` hears the share that is done. ``file`` is written every 30 seconds and at the end: a call
     with the same file goes on from there, to the same numbers, and returns at once where training is complete.
+    ``groups``: of parameters, instead of all of them in one; the "scale" of a group multiplies its rate.
     """
-    optim: torch.optim.Optimizer = optimizer(model, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optim: torch.optim.Optimizer = optimizer(
+        model if groups is None else groups, lr=recipe.lr, weight_decay=recipe.weight_decay
+    )
     if recipe.momentum is not None:
         options: Any = {"momentum": recipe.momentum, "nesterov": True, "weight_decay": recipe.weight_decay}
         optim = torch.optim.SGD(model.parameters(), lr=recipe.lr, **options)
@@ -79,7 +83,7 @@ def fit(
 
     for step in range(first, recipe.steps):
         for group in optim.param_groups:
-            group["lr"] = recipe.lr * _share(step, recipe)
+            group["lr"] = recipe.lr * group.get("scale", 1.0) * _share(step, recipe)
         optim.zero_grad()
         value = loss(model, step)
         value.backward()

@@ -214,20 +214,13 @@ def read_index(folder: Path) -> list[Package]:
     The package that is called as its source comes first, then by name. A description that an earlier source has, short
     or long, is left out: there would be two right answers. Raises FileNotFoundError if long descriptions are missing.
     """
-    files = sorted(file for file in folder.glob("*") if _INDEX.fullmatch(file.name)) if folder.is_dir() else []
-    translations = [file for file in files if "_i18n_" in file.name]
-    indices = [file for file in files if "_i18n_" not in file.name]
-    if not translations or not indices:
-        raise FileNotFoundError(
-            f"no {'lists of packages' if not indices else 'long descriptions (Translation-en)'} under {folder}: "
-            "as root, apt-get -o Acquire::Languages=en update (containers leave them out)"
-        )
+    indices, translations = index_files(folder)
     sources = {}
-    for fields in _stanzas(indices):
+    for fields in stanzas(indices):
         sources.setdefault(fields["Package"], fields.get("Source", fields["Package"]).split(" ")[0])
     found: dict[str, list[tuple[bool, str, str, str]]] = {}
-    for fields in _stanzas(translations):
-        name, (short, long) = fields["Package"], _description(fields.get("Description-en", ""))
+    for fields in stanzas(translations):
+        name, (short, long) = fields["Package"], description(fields.get("Description-en", ""))
         if name in sources and short and len(long) >= _MIN_CHARACTERS:
             found.setdefault(sources[name], []).append((name != sources[name], name, short, long))
     packages, seen = [], set()
@@ -239,7 +232,20 @@ def read_index(folder: Path) -> list[Package]:
     return packages
 
 
-def _stanzas(files: Sequence[Path]) -> Iterator[dict[str, str]]:
+def index_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(Lists of packages, long descriptions) under ``folder``. Raises FileNotFoundError if either is missing."""
+    files = sorted(file for file in folder.glob("*") if _INDEX.fullmatch(file.name)) if folder.is_dir() else []
+    translations = [file for file in files if "_i18n_" in file.name]
+    indices = [file for file in files if "_i18n_" not in file.name]
+    if not translations or not indices:
+        raise FileNotFoundError(
+            f"no {'lists of packages' if not indices else 'long descriptions (Translation-en)'} under {folder}: "
+            "as root, apt-get -o Acquire::Languages=en update (containers leave them out)"
+        )
+    return indices, translations
+
+
+def stanzas(files: Sequence[Path]) -> Iterator[dict[str, str]]:
     """Every stanza with a package's name of deb822 files; lines of one field are joined by newlines."""
     for file in files:
         for stanza in _text(file).split("\n\n"):
@@ -264,7 +270,7 @@ def _text(file: Path) -> str:
     return (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
 
 
-def _description(field: str) -> tuple[str, str]:
+def description(field: str) -> tuple[str, str]:
     """(first line, the rest with one line per paragraph): " ." parts paragraphs."""
     short, _, rest = field.partition("\n")
     paragraphs = re.split(r"^\.$", rest, flags=re.M)
