@@ -9,6 +9,7 @@ import torch
 from sparingly.nn.cascade import NEVER, Cascade
 from sparingly.report import cascades, conversion, findings, html, result, summary, terminal
 from sparingly.workloads import _cascaded as cascaded
+from sparingly.workloads._parts import Parts
 
 pytest.importorskip("sklearn", reason="part of the benchmark extra")
 
@@ -67,7 +68,7 @@ def test_every_batch_is_answered_and_counted():
     assert (alone.name, alone.examples, asked[2:]) == ("engine", 5, [1] * 5)
 
 
-def test_the_entry_is_shown_by_every_view(capsys):
+def test_the_entry_is_shown_by_every_view(tmp_path, capsys):
     small, large = torch.nn.Linear(8, 3), torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(20)])
     setting = cascaded.Setting(torch.randn(64, 8), (16,), (16, 16), pairs=5)
     own = {"cascade": small}
@@ -77,7 +78,20 @@ def test_the_entry_is_shown_by_every_view(capsys):
     right = np.random.default_rng(0).random(2000) < 0.9999
     row = {"name": "single", **cascaded.share(right), "difference": cascaded.difference(right, right)}
     sweep = [row | cascaded.beside({"pytorch": large}, own, setting)]
-    entry = cascaded.entry("A title", "accuracy", found, costs, sweep, incumbents=["single"])
+
+    class Made:
+        parts = Parts(tmp_path, "mark")
+
+        def quality(self) -> dict:
+            return found | {"training_cpu_s": {}}
+
+        def costs(self, found) -> dict:
+            return costs
+
+        def sweep(self, found) -> list:
+            return sweep
+
+    entry = cascaded.run(Made(), "A title", "accuracy", ["single"])
     report = result.parse(
         {"schema": 1, "workloads": {"made-up": entry}, "failures": {"other": "no data: " + "x" * 200}}
     )

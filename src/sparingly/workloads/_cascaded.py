@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from sparingly.calibrate import calibrate
 from sparingly.contract import Contract
 from sparingly.energy import count
 from sparingly.nn.cascade import NEVER, Cascade, Staged
-from sparingly.workloads._parts import Say
+from sparingly.workloads._parts import Parts, Say
 from sparingly.workloads._shares import difference, share
+from sparingly.workloads._threads import one_thread
 from sparingly.workloads._trained import Side, fastest, saving
 
 MAX_DROP, CONFIDENCE, RESPLITS = 0.005, 0.95, 20
@@ -218,20 +219,30 @@ def equal_quality(value: float, sweep: Iterable[dict[str, Any]]) -> dict[str, An
     return {"dense": None if best is None else best["name"], **reached, "sweep": rows}
 
 
-def entry(
-    title: str,
-    metric: str,
-    found: Mapping[str, Any],
-    costs: Mapping[str, Any],
-    sweep: Sequence[dict[str, Any]],
-    incumbents: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The JSON's entry of a workload from what :func:`judge`, :func:`inference` and :func:`beside` gave.
+class Steps(Protocol):
+    """What a workload measures: ``quality`` as :func:`judge` gives it, with ``singles`` (name -> its share of right
+    answers and ``difference``) and ``training_cpu_s``; ``costs`` as :func:`inference`; ``sweep``: a row for each single
+    network, with what :func:`beside` gives."""
 
-    ``found`` also says ``n``, how many examples tested; ``incumbents``: rows of the sweep that one would use instead.
+    parts: Parts
+
+    def quality(self) -> dict[str, Any]: ...
+
+    def costs(self, found: Mapping[str, Any]) -> dict[str, Any]: ...
+
+    def sweep(self, found: Mapping[str, Any]) -> list[dict[str, Any]]: ...
+
+
+def run(steps: Steps, title: str, metric: str, incumbents: Sequence[str]) -> dict[str, Any]:
+    """Every part of a workload on one thread, and the whole as its entry in the JSON.
+
+    ``incumbents``: rows of the sweep that one would use instead.
     """
-    rows = {row["name"]: row for row in sweep}
-    others = {name: rows[name] for name in incumbents}
+    with one_thread():
+        found = steps.parts.run("quality", steps.quality)
+        costs = steps.parts.run("costs", lambda: steps.costs(found))
+        sweep = steps.parts.run("sweep", lambda: steps.sweep(found))
+    others = {row["name"]: row for row in sweep if row["name"] in incumbents}
     one = costs["batch_1"]
     return {
         "title": title,
@@ -245,9 +256,10 @@ def entry(
             },
             "differences": {"large": found["difference"], **{name: row["difference"] for name, row in others.items()}},
         },
-        "inference": dict(costs),
+        "inference": costs,
         "equal_quality": equal_quality(found["selective"]["value"], sweep),
         "contract": found["contract"],
         "stages": found["stages"],
         "resplits": found["resplits"],
+        "training_cpu_s": found["training_cpu_s"],
     }

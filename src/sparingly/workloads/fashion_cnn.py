@@ -30,7 +30,6 @@ from sparingly.workloads._fit import Recipe, fit
 from sparingly.workloads._onnx import session
 from sparingly.workloads._parts import Say, document, parts_of
 from sparingly.workloads._shares import difference, share
-from sparingly.workloads._threads import one_thread
 from sparingly.workloads._trained import dense_ffn, mlp
 from sparingly.workloads.fashion import WIDTH, Entrance, Stream, scaled
 
@@ -250,14 +249,9 @@ class FashionCnn:
             rows.append({"name": name, **found["singles"][name], **cascaded.beside(ran, own, self.setting())})
         return rows
 
-    @one_thread()
     def run(self) -> dict[str, Any]:
         """Every part, and the whole as the JSON's entry of this workload."""
-        part = self.parts.run
-        found = part("quality", self.quality)
-        inference = part("costs", lambda: self.costs(found))
-        sweep = part("sweep", lambda: self.sweep(found))
-        return cascaded.entry(TITLE, METRIC, found, inference, sweep, incumbents=[STAGES[0]]) | {
+        return cascaded.run(self, TITLE, METRIC, [STAGES[0]]) | {
             "published": [row._asdict() for row in data.published()]
         }
 

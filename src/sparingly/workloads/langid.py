@@ -24,7 +24,6 @@ from sparingly.workloads._fit import Recipe, fit
 from sparingly.workloads._langid_models import ByteTransformer, InOnnx, Ngrams, OneCall, from_list
 from sparingly.workloads._parts import Say, document, parts_of
 from sparingly.workloads._shares import difference, share
-from sparingly.workloads._threads import one_thread
 from sparingly.workloads.langid_data import Corpus, Texts
 
 TITLE = "Language identification, n-grams before a transformer over bytes"
@@ -241,14 +240,9 @@ class Langid:
             rows.append({"name": name, **found["singles"][name], **cascaded.beside(engines, own, setting)})
         return rows
 
-    @one_thread()
     def run(self) -> dict[str, Any]:
         """Every part, and the whole as the JSON's entry of this workload."""
-        part = self.parts.run
-        found = part("quality", self.quality)
-        inference = part("costs", lambda: self.costs(found))
-        sweep = part("sweep", lambda: self.sweep(found))
-        return cascaded.entry(TITLE, METRIC, found, inference, sweep, incumbents=[LINEAR_NAME]) | {
+        return cascaded.run(self, TITLE, METRIC, [LINEAR_NAME]) | {
             "num_classes": self.classes,
             "data": {"sha256": self.corpus.sha256, "frozen": self.corpus.frozen},
         }

@@ -25,7 +25,6 @@ from sparingly.workloads._cascaded import Engine, Setting
 from sparingly.workloads._fit import Recipe, fit
 from sparingly.workloads._parts import Say, document, parts_of
 from sparingly.workloads._shares import difference, share
-from sparingly.workloads._threads import one_thread
 from sparingly.workloads._topic_models import InOnnx, Linear
 from sparingly.workloads.topic_data import Package, Topics
 
@@ -213,17 +212,11 @@ class Topic:
             rows.append({"name": name, **found["singles"][name], **cascaded.beside(engines, own, self.setting())})
         return rows
 
-    @one_thread()
     def run(self) -> dict[str, Any]:
         """Every part, and the whole as the JSON's entry of this workload."""
-        part = self.parts.run
-        found = part("quality", self.quality)
-        inference = part("costs", lambda: self.costs(found))
-        sweep = part("sweep", lambda: self.sweep(found))
-        return cascaded.entry(TITLE, METRIC, found, inference, sweep, incumbents=["words", "words and pairs"]) | {
+        return cascaded.run(self, TITLE, METRIC, ["words", "words and pairs"]) | {
             "num_classes": len(self.topics.sections),
             "data": {"sha256": self.topics.sha256, "published": self.topics.published},
-            "training_cpu_s": found["training_cpu_s"],
         }
 
 
