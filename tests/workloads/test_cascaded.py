@@ -114,5 +114,6 @@ def test_what_broke_its_promise_is_a_loss():
     found["resplits"]["kept"] = 15
     found["contract"]["setting"] = None
     entry = {"contract": found["contract"], "stages": found["stages"], "resplits": found["resplits"]}
+    entry["equal_quality"] = {"dense": "scout", "batch_1": {"value": 0.5, "lo": 0.4, "hi": 0.6}}
     (workload,) = result.parse({"schema": 1, "workloads": {"made-up": entry}}).workloads
-    assert len(cascades.losses(workload)) == 2
+    assert len(cascades.losses(workload)) == 3

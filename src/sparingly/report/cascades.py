@@ -7,7 +7,7 @@ from typing import Any
 
 from sparingly.report.conversion import Table, contract
 from sparingly.report.result import Interval, Workload
-from sparingly.report.text import figure, percent, percent_interval, times_interval
+from sparingly.report.text import figure, percent, percent_interval, times, times_interval
 
 SHOWN = 60
 """Characters of an example that are shown."""
@@ -35,6 +35,10 @@ def losses(workload: Workload) -> list[str]:
     split = workload.raw.get("resplits") or {}
     if split and split["kept"] < workload.raw["contract"]["confidence"] * split["of"]:
         found.append(f"the promise was kept in {split['kept']} of {split['of']} re-splits only")
+    equal = workload.raw.get("equal_quality") or {}
+    ratio = Interval.of(equal.get("batch_1"))
+    if equal.get("dense") and ratio is not None and ratio.value < 1:
+        found.append(f"{equal['dense']} alone is as good, for {times(ratio.value)} the processor time at batch 1")
     return found
 
 

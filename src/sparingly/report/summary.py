@@ -9,7 +9,7 @@ from sparingly.report.conversion import Table
 from sparingly.report.result import Interval, Report, Workload
 from sparingly.report.text import amount, difference, times
 
-HEADS = ("workload", "quality", "against dense", "batch 1", "best batch", "training", "losses")
+HEADS = ("workload", "quality", "against dense or large", "batch 1", "best batch", "training", "losses")
 
 
 def table(report: Report) -> Table:

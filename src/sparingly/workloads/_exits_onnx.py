@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sparingly.nn._exit_batch import pooled
+from sparingly.nn._leaving import MEASURES, sure_rows
 from sparingly.nn.cascade import NEVER
 from sparingly.nn.exits import ExitNetwork
 from sparingly.workloads._onnx import session
+
+_NO_WEIGHTS = np.empty(0)
 
 
 class _Piece(nn.Module):
@@ -38,7 +41,8 @@ class _Last(nn.Module):
 class InPieces:
     """Inputs float32 [n, ...] -> probabilities [n, classes], each input as far as it needs; on one thread.
 
-    Leaving is by the largest probability, at ``thresholds``, [exits], of which :meth:`set` takes new ones.
+    Leaving is by the model's measure, not a learned one, at ``thresholds``, [exits], of which :meth:`set` takes new
+    ones.
 
     Args:
         model: exits at children of an ``nn.Sequential``, in evaluation mode.
@@ -50,6 +54,9 @@ class InPieces:
     def __init__(self, model: ExitNetwork, example: Tensor):
         if not isinstance(model.net, nn.Sequential):
             raise TypeError(f"only exits in an nn.Sequential are cut into pieces, got {type(model.net).__name__}")
+        if model.measure not in MEASURES:
+            raise ValueError(f"measure must be one of {', '.join(MEASURES)}, got {model.measure!r}")
+        self._kind = list(MEASURES).index(model.measure)
         children = list(model.net.named_children())
         places = [name for name, _ in children]
         ends = [places.index(name) + 1 for name in model.names[:-1]]
@@ -84,7 +91,10 @@ class InPieces:
             hidden, answers = found
             if self.thresholds[place] == NEVER:
                 continue
-            leaves = answers.max(axis=1) >= self.thresholds[place]
+            sure = np.empty(len(answers))
+            if sure_rows(answers, self._kind, _NO_WEIGHTS, sure) >= 0:
+                raise ValueError(f"the exit after piece {place} gave no probabilities: look for NaN in the inputs")
+            leaves = sure >= self.thresholds[place]
             if waiting is None:
                 if leaves.all():
                     return answers

@@ -1,7 +1,7 @@
 """Clothes in pictures: a convolutional network with exits, and ferns that know most pictures before it begins.
 
 Stages in rising order of cost: sums of rows that ferns name with a small dense block (the network of ``fashion``, as
-one compiled call), two exits inside the large network, and its end. All thresholds come from one calibration, on
+one compiled call), an exit inside the large network, and its end. All thresholds come from one calibration, on
 pictures that no stage was trained on.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sparingly.nn import compile_plan
 from sparingly.nn.bag import SelectiveBag
-from sparingly.nn.cascade import Cascade
+from sparingly.nn.cascade import MEASURES, Cascade
 from sparingly.nn.exits import ExitNetwork, add_exits_, train_exits
 from sparingly.selectors import Ferns
 from sparingly.workloads import _cascaded as cascaded
@@ -35,11 +35,14 @@ from sparingly.workloads.fashion import WIDTH, Entrance, Stream, scaled
 
 TITLE = "Fashion-MNIST, a convolutional network with exits behind ferns"
 METRIC = "accuracy"
-EXITS = ("2", "4")
-"""Before the first block, after 11 % of the multiplications, and after it, after half of them."""
-STAGES = ("ferns", "exit before the first block", "exit after the first block", "convolutions")
+EXITS = ("4",)
+"""After the first block, half of the multiplications. With one before it too, after 11 %, at which 2 to 6 % left, an
+answer took longer in all: pieces of a network cost more than the whole."""
+MEASURE = "margin"
+STAGES = ("ferns", "exit after the first block", "convolutions")
 CONVOLUTIONS = {"lr": 0.15, "weight_decay": 5e-4, "momentum": 0.9}
 FERNS = {"lr": 2e-3, "weight_decay": 0.01}
+"""After 6 epochs they had 89.6 % of the test pictures, and 63 to 71 % of them left there; after 20 74 to 77 %."""
 PICTURE = (-1, 1, 28, 28)
 BATCH = 256
 
@@ -98,8 +101,8 @@ class Mode:
 
 MODES = {
     "quick": Mode("quick", 6_000, 6_000, 8, 3, 3, (), 0, 5),
-    "default": Mode("default", 56_000, 8_000, 32, 10, 6, (8,), 5, 15),
-    "full": Mode("full", 56_000, 8_000, 48, 30, 12, (8, 16, 32), 30, 40),
+    "default": Mode("default", 56_000, 8_000, 32, 10, 20, (8,), 5, 15),
+    "full": Mode("full", 56_000, 8_000, 48, 30, 40, (8, 16, 32), 30, 40),
 }
 
 
@@ -168,10 +171,11 @@ class FashionCnn:
         if "exits" not in self._models:
             torch.manual_seed(0)
             net = self.cnn(self.mode.width)
-            model = add_exits_(net, at=EXITS)
+            model = add_exits_(net, at=EXITS, measure=MEASURE)
             stream = Stream(self.pictures[0], BATCH)
             batches = [stream(step)[0].view(PICTURE) for step in range(stream.per_epoch)]
-            train_exits(model, batches, epochs=2, lr=2e-3, progress=self.say)
+            kept = self.parts.folder / "exits.pt"
+            train_exits(model, batches, epochs=2, lr=2e-3, progress=self.say, checkpoint=kept)
             self._models["exits"] = model.eval()
         return self._models["exits"]
 
@@ -191,7 +195,7 @@ class FashionCnn:
                 parts.append([scout(part).softmax(1), *large.stage_answers(part.view(PICTURE))])
         answers = Answers(STAGES, [torch.cat(stage) for stage in zip(*parts, strict=True)], labels)
         calibration, test = torch.arange(first), torch.arange(first, len(labels))
-        found, own = cascaded.judge(answers, calibration, test)
+        found, own = cascaded.judge(answers, calibration, test, MEASURE)
         rights = {name: answers.right(place)[test].numpy() for place, name in ((0, STAGES[0]), (-1, STAGES[-1]))}
         for name, model in self.singles().items():
             with torch.no_grad():
@@ -219,7 +223,7 @@ class FashionCnn:
         plan = compile_plan(self.scout)
         kept = cascaded.thresholds_of(found)
         pieces = InPieces(self.large, torch.zeros(1, 1, 28, 28)).set(kept[1:])
-        made = Cascade([lambda x: softmax(plan(x)), lambda x: pieces(x.view(PICTURE))])
+        made = Cascade([lambda x: softmax(plan(x)), lambda x: pieces(x.view(PICTURE))], measure=MEASURE)
         made.thresholds.fill_(kept[0])
         return made
 
@@ -262,7 +266,7 @@ def counting(scout: nn.Module, large: ExitNetwork, found: Mapping[str, Any]) -> 
     large.thresholds.copy_(torch.tensor(rest))
 
     def answer(x: Tensor) -> None:
-        going = scout(x).softmax(1).amax(1) < first
+        going = MEASURES[MEASURE](scout(x).softmax(1)) < first
         if going.any():
             large(x[going].view(PICTURE))
 
