@@ -188,6 +188,9 @@ _OWN = (
 """Name, kind, key in ``quality``, and whose cost of an answer it has where it does not say its own."""
 
 
+_IN_A_CASCADE = {"selective": "cascade", "dense_same_capacity": "large network"}
+
+
 def _methods(raw: Mapping[str, Any]) -> Iterator[Method]:
     quality, inference = raw.get("quality") or {}, raw.get("inference") or {}
     cost = inference.get("batch_1") or {}
@@ -198,7 +201,7 @@ def _methods(raw: Mapping[str, Any]) -> Iterator[Method]:
             own = quality[key] if isinstance(quality[key], Mapping) and "training_cpu_s" in quality[key] else {}
             answer_s = number(own.get("cpu_s")) or number(cost.get(f"{side}_cpu_s"))
             spent_s = number(own.get("training_cpu_s")) or trained_s
-            shown = "cascade" if kind == "selective" and _is_cascade(raw) else name
+            shown = _IN_A_CASCADE.get(key, name) if _is_cascade(raw) else name
             yield Method(shown, kind, value, answer_s, spent_s, Interval.of(cost.get(f"{side}_energy_j")))
     for name, entry in (quality.get("incumbents") or {}).items():
         value = Interval.of(entry)
