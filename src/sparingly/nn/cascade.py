@@ -185,6 +185,7 @@ class Cascade(Staged):
             self._exits = torch.empty(0, dtype=torch.int64)
             return torch.empty(0)
         out = said = None
+        classes = 0
         exits = waiting = torch.empty(0)
         left = 0
         for place, threshold in enumerate([*self.thresholds[:last].tolist(), -NEVER]):
@@ -201,10 +202,13 @@ class Cascade(Staged):
                 if said is not None:
                     found = multiplied(checked(found, count - left, place), said)
                 answers, leaves, going = self._leaving(place, found, count - left, threshold)
-            if out is not None and out.shape[1] != answers.shape[1]:
+            if classes and classes != answers.shape[1]:
                 raise ValueError(
-                    f"stages must agree on the classes: {out.shape[1]} before, {answers.shape[1]} of stage {place}"
+                    f"stages must agree on the classes: {classes} before, {answers.shape[1]} of stage {place}"
                 )
+            classes = answers.shape[1]
+            if not going and not self.committee:  # At batch 1 what follows would take longer than a small stage.
+                continue
             if going == count and within is None:  # The usual end of a batch of one: nothing to put together.
                 self._all_left(count, place)
                 return answers

@@ -21,6 +21,7 @@ from sparingly.nn import compile_plan
 from sparingly.nn.bag import SelectiveBag
 from sparingly.nn.cascade import MEASURES, Cascade
 from sparingly.nn.exits import ExitNetwork, add_exits_, train_exits
+from sparingly.ops._numba import kernel
 from sparingly.selectors import Ferns
 from sparingly.workloads import _cascaded as cascaded
 from sparingly.workloads import fashion_data as data
@@ -274,10 +275,21 @@ def counting(scout: nn.Module, large: ExitNetwork, found: Mapping[str, Any]) -> 
 
 
 def softmax(scores: Tensor) -> np.ndarray:
-    """[n, classes] -> the same as probabilities; at batch 1 a third of the time that PyTorch takes."""
-    values = scores.numpy()
-    values = np.exp(values - values.max(axis=1, keepdims=True))
-    return values / values.sum(axis=1, keepdims=True)
+    """float32 [n, classes] -> the same as probabilities; at batch 1 a tenth of the time that PyTorch takes."""
+    out = np.empty(scores.shape, np.float32)
+    _softmax(scores.numpy(), out)
+    return out
+
+
+@kernel
+def _softmax(scores, out):
+    for row in range(scores.shape[0]):
+        most, total = scores[row].max(), np.float32(0)
+        for place in range(scores.shape[1]):
+            out[row, place] = np.exp(scores[row, place] - most)
+            total += out[row, place]
+        for place in range(scores.shape[1]):
+            out[row, place] /= total
 
 
 def bench(mode: Mode, say: Say, *, fresh: bool = False) -> dict[str, Any]:
