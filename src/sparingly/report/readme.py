@@ -16,9 +16,11 @@ from sparingly.report.provenance import energy_rows, energy_value, machine_line,
 from sparingly.report.result import JOBS, RULERS, Report, Saving, Workload, load, number
 from sparingly.report.text import amount, percent_interval, seconds, times, times_interval
 
-RESULTS = tuple(
-    Path(f"benchmarks/results/{name}.json") for name in ("spell", "smollm", "minilm", "relu", "fashion", "lm", "census")
+_NAMES = (
+    *("spell", "smollm", "minilm", "relu", "fashion", "lm", "census"),
+    *("langid", "fashion-cnn", "topic", "stream"),
 )
+RESULTS = tuple(Path(f"benchmarks/results/{name}.json") for name in _NAMES)
 README = Path("README.md")
 _BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
@@ -87,17 +89,35 @@ def others(reports: Sequence[Report]) -> str:
 
 def trained(reports: Sequence[Report]) -> str:
     """Further networks that were trained selectively in a paragraph each: quality, savings, losses, commit."""
-    found = [(report, one) for report in reports for one in report.workloads if not conversion.is_conversion(one)]
+    found = [
+        (report, one)
+        for report in reports
+        for one in report.workloads
+        if not conversion.is_conversion(one) and not one.is_cascade
+    ]
+    return _paragraphs(found[1:])
+
+
+def cascades(reports: Sequence[Report]) -> str:
+    """Cascades and gates in a paragraph each: quality, savings, contract, equal quality, losses, commit."""
+    return _paragraphs([(report, one) for report in reports for one in report.workloads if one.is_cascade])
+
+
+def _paragraphs(found: Sequence[tuple[Report, Workload]]) -> str:
     lines = []
-    for report, workload in found[1:]:
+    for report, workload in found:
         told = [f"{method.name} {amount(method.quality, workload.unit)}" for method in workload.methods]
         unit = "" if workload.unit is None or workload.unit in workload.metric else f", {workload.unit}"
-        sentences = [f"{workload.metric}{unit}: {'; '.join(told)}", f"Dense cost ÷ selective cost: {_by_job(workload)}"]
+        sentences = [f"{workload.metric}{unit}: {'; '.join(told)}", f"{_costs_of(workload)}: {_by_job(workload)}"]
         sentences += [f"{name.capitalize()}: {sentence}" for name, sentence in findings.comparisons(workload)]
         lost = findings.losses(workload)
         sentences += [f"Where it loses: {'; '.join(lost)}"] if lost else []
         lines.append(f"- **{workload.title}**: {'. '.join(sentences)}. Commit {str(report.raw.get('commit'))[:12]}.")
     return "\n".join(lines or ["No other network was measured."]) + "\n"
+
+
+def _costs_of(workload: Workload) -> str:
+    return "Cost of the large network ÷ cost of the cascade" if workload.is_cascade else "Dense cost ÷ selective cost"
 
 
 def _by_job(workload: Workload) -> str:
@@ -116,6 +136,7 @@ BLOCKS: dict[str, Callable[[Sequence[Report]], str]] = {
     "converted": converted,
     "others": others,
     "trained": trained,
+    "cascades": cascades,
 }
 
 
