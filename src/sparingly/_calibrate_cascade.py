@@ -13,7 +13,7 @@ from sparingly._data import batches, data_hash, inputs
 from sparingly._progress import Say
 from sparingly.contract import Contract
 from sparingly.convert import CONTRACT
-from sparingly.energy.machine import versions
+from sparingly.energy.machine import installed
 from sparingly.guard import walk
 from sparingly.metrics import Metric, observe
 from sparingly.nn.cascade import NEVER, Staged, length
@@ -82,7 +82,7 @@ def calibrate_cascade(
         data_hash=data_hash(data),
         dense_quality=metric.quality(losses[-1], losses[-1]),
         selective_quality=metric.quality(losses[-1], _chosen(losses, exits)),
-        versions={name: version for name, version in versions().items() if version},
+        versions=installed(),
     )
     model.thresholds.copy_(torch.tensor(kept, dtype=torch.float64))
     model.expected.copy_(torch.bincount(exits, minlength=len(losses)))

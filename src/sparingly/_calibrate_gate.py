@@ -13,7 +13,7 @@ from torch import Tensor
 from sparingly._data import data_hash
 from sparingly._progress import Say
 from sparingly.contract import Contract
-from sparingly.energy.machine import versions
+from sparingly.energy.machine import installed
 from sparingly.guard import Promise, walk
 from sparingly.nn._modes import evaluating
 from sparingly.nn.gate import ALWAYS, Counts, Gate, Watch, checked, forget
@@ -119,7 +119,7 @@ def calibrate_gate(gate: Gate, streams: Any, confidence: float, say: Say) -> Con
         data_hash=data_hash(given),
         dense_quality=1.0,
         selective_quality=1.0 if found.chosen is None else 1 - found.tried[found.chosen].drop,
-        versions={name: version for name, version in versions().items() if version},
+        versions=installed(),
     )
     gate.threshold = ALWAYS if chosen is None else chosen
     gate.expected = Counts(items, items, items, len(tests)) if chosen is None else counts[chosen]

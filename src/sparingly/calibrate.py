@@ -18,7 +18,7 @@ from sparingly._data import batches, call, data_hash, inputs, to_device
 from sparingly._progress import Say, silent
 from sparingly.contract import Contract
 from sparingly.convert import CONTRACT
-from sparingly.energy.machine import versions
+from sparingly.energy.machine import installed
 from sparingly.guard import Promise, Walk, walk
 from sparingly.metrics import Metric, as_metric, observe
 from sparingly.nn.cascade import Staged
@@ -207,7 +207,7 @@ def _contract(tested: _Tested, promise: Promise, found: Walk, examples: Any) -> 
         data_hash=data_hash(examples),
         dense_quality=metric.quality(dense, dense),
         selective_quality=metric.quality(dense, last),
-        versions={name: version for name, version in versions().items() if version},
+        versions=installed(),
     )
 
 

@@ -281,19 +281,11 @@ def test_auto_chooses_where_inputs_may_leave():
 
 
 def test_auto_says_when_there_is_no_place():
-    class Nowhere(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, CLASSES)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.b(self.a(x) + x)
-
-    model = sp.add_exits_(Nowhere(), at="auto")
+    model = sp.add_exits_(PassesBy(), at="auto")
     with pytest.raises(ValueError, match="nothing can leave at any of"):
         sp.train_exits(model, [torch.randn(8, 4)])
     with pytest.raises(ValueError, match='at must be a list of layers\' names or "auto"'):
-        sp.add_exits_(Nowhere(), at="a")  # pyright: ignore[reportArgumentType]
+        sp.add_exits_(PassesBy(), at="a")  # pyright: ignore[reportArgumentType]
 
 
 def test_removed_exits_leave_the_network_as_it_was():

@@ -101,6 +101,11 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def installed() -> dict[str, str]:
+    """:func:`versions` without what is not installed."""
+    return {name: version for name, version in versions().items() if version}
+
+
 def commit(folder: Path | None = None) -> str | None:
     """Commit of the checkout that Sparingly runs from, ``-dirty`` when tracked files differ; None outside one."""
     root = folder or Path(__file__).resolve().parent

@@ -14,8 +14,7 @@ MASK = "attention_mask"
 """The argument that is 1 at an example's own tokens and 0 at padding, [n, tokens]."""
 
 GRID = 4
-"""An early layer knows what is where, which one mean over the picture loses. Fashion-MNIST, right of what leaves
-after the first of four layers: see docs/benchmark.md, fashion-cnn."""
+"""An early layer knows what is where, which one mean over the picture loses."""
 
 
 class Batch:

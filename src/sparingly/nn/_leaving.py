@@ -16,6 +16,9 @@ LEAST = 1e-7
 FEATURES = 5
 """What the learned measure looks at, before the class: 1, logarithms of the three largest probabilities, entropy."""
 
+NO_WEIGHTS = np.empty(0)
+"""What measures that are not learned give :func:`sure_rows`."""
+
 
 def maximum(probabilities: Tensor) -> Tensor:
     """The largest probability, [n, classes] -> [n]."""

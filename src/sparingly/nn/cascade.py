@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sparingly._data import call
-from sparingly.nn._leaving import FEATURES, KINDS, MEASURES, fit_learned, learned, sure_rows
+from sparingly.nn._leaving import FEATURES, KINDS, MEASURES, NO_WEIGHTS, fit_learned, learned, sure_rows
 from sparingly.nn._modes import evaluating
 
 Stage = Callable[[Any], Any]
 
 NEVER = float("inf")
 """A threshold that nothing reaches."""
-
-_NO_WEIGHTS = np.empty(0)
 
 
 class Staged(nn.Module):
@@ -235,7 +233,7 @@ class Cascade(Staged):
         plain = isinstance(found, np.ndarray) and found.dtype == np.float32 and found.flags.c_contiguous
         if plain and found.ndim == 2 and found.shape[0] == count and found.shape[1]:
             kind = 0 if abs(threshold) == NEVER else KINDS.index(self.measure)
-            weights = self._learned(place, found.shape[1]).cpu().numpy() if kind == 3 else _NO_WEIGHTS
+            weights = self._learned(place, found.shape[1]).cpu().numpy() if kind == 3 else NO_WEIGHTS
             sure = np.empty(count)
             if sure_rows(found, kind, weights, sure) < 0:
                 leaves = sure >= threshold

@@ -34,7 +34,7 @@ def page(report: Report) -> str:
     css = resources.files("sparingly.report").joinpath("page.css").read_text(encoding="utf-8")
     titles = ", ".join(workload.title for workload in report.workloads)
     body = "".join("".join(_workload(workload)) for workload in report.workloads)
-    if len(report.workloads) != 1 or report.failures:
+    if summary.needed(report):
         body = _section("All workloads", "", _plain(summary.table(report))) + body
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

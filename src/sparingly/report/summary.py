@@ -12,6 +12,11 @@ from sparingly.report.text import amount, difference, times
 HEADS = ("workload", "quality", "against dense or large", "batch 1", "best batch", "training", "losses")
 
 
+def needed(report: Report) -> bool:
+    """Whether there is more than one result to sum up, or one that is missing."""
+    return len(report.workloads) != 1 or bool(report.failures)
+
+
 def table(report: Report) -> Table:
     """A row for each workload: quality, how much it differs from the dense or large network, and the smallest saving
     of each job over all rulers and precisions; what failed says why."""
@@ -24,13 +29,8 @@ def table(report: Report) -> Table:
 def _row(workload: Workload) -> tuple[str, ...]:
     if conversion.is_conversion(workload):
         kept = workload.raw["contract"]
-        gap = (
-            "lossless"
-            if kept.get("lossless")
-            else "dense"
-            if kept.get("drop") is None
-            else f"−{100 * kept['drop']:.1f} %"
-        )
+        gap = "dense" if kept.get("drop") is None else f"−{100 * kept['drop']:.1f} %"
+        gap = "lossless" if kept.get("lossless") else gap
         saved = {words.split(",")[0]: min(one.value for one in rulers.values()) for words, rulers in _jobs(workload)}
         first = next(iter(saved.values()), None)
         one = saved.get("one at a time", first)

@@ -24,7 +24,7 @@ def show(report: Report, console: Console | None = None) -> None:
     console = console or Console()
     for workload in report.workloads:
         console.print(render(workload))
-    if len(report.workloads) + len(report.failures) != 1 or report.failures:
+    if summary.needed(report):
         console.print(Text(""), _drawn(summary.table(report)))
     console.print(Text(machine_line(report.machine), style="dim"))
     console.print(Text(versions_line(report), style="dim"))

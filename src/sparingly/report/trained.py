@@ -128,11 +128,11 @@ def _sweep(workload: Workload) -> Table:
             own = "–" if gap is None else difference(gap, workload.unit)
             trained = seconds(row["training_cpu_s"]) if row.get("training_cpu_s") else "–"
             rows.append((str(row["name"]), amount(value, workload.unit), own, *cells, trained))
-    kind, own = ("single network", "cascade") if workload.is_cascade else ("dense network", "selective")
-    minus = "cascade minus single" if workload.is_cascade else "selective minus dense"
+    kind, own, minus = ("dense network", "the selective one's", "selective minus dense")
+    if workload.is_cascade:
+        kind, own, minus = ("single network", "the cascade's", "cascade minus single")
     heads = (kind, workload.metric, minus, *JOBS.values(), "training")
-    caption = f"{kind.capitalize()}s of every size: quality, and cost of an answer ÷ the {own} one's"
-    return Table(caption if not workload.is_cascade else caption.replace(" one's", "'s"), heads, tuple(rows))
+    return Table(f"{kind.capitalize()}s of every size: quality, and cost of an answer ÷ {own}", heads, tuple(rows))
 
 
 def _others(workload: Workload) -> Table:

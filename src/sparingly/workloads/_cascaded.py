@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any, Protocol
@@ -56,13 +56,14 @@ class Answers:
         return model, calibrate(model, data, "accuracy", MAX_DROP, CONFIDENCE, progress=say)
 
 
-def gather(model: Staged, inputs: Any, labels: Tensor, say: Say, batch: int = 256) -> Answers:
-    """Ask every stage of ``model`` about all inputs (a tensor, an array or a list), in batches."""
+def gather(model: Staged, inputs: Any, labels: Tensor, say: Say, names: Sequence[str], batch: int = 256) -> Answers:
+    """Ask every stage of ``model``, which are called ``names``, about all inputs (a tensor, an array or a list), in
+    batches."""
     parts = []
     for start in range(0, len(labels), batch):
         say("asking every stage", start / len(labels))
         parts.append(model.stage_answers(inputs[start : start + batch]))
-    return Answers(model.names, [torch.cat(stage) for stage in zip(*parts, strict=True)], labels)
+    return Answers(names, [torch.cat(stage) for stage in zip(*parts, strict=True)], labels)
 
 
 def judge(
@@ -123,6 +124,12 @@ def resplits(answers: Answers, ids: Tensor, calibrating: int, measure: str = "ma
     }
 
 
+def singles(own: np.ndarray, rights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Name of a single network -> its share of right answers, and the ``difference``, cascade minus that; bool [n]
+    each, of the same examples."""
+    return {name: share(right) | {"difference": difference(own, right)} for name, right in rights.items()}
+
+
 def thresholds_of(found: Mapping[str, Any]) -> list[float]:
     """The thresholds of :func:`judge`."""
     return [NEVER if stage["threshold"] is None else stage["threshold"] for stage in found["stages"][:-1]]
@@ -149,7 +156,7 @@ def side(name: str, engine: Engine, inputs: Any, batch: int, chunk: int) -> Side
         for part in next(each):
             engine(part)
 
-    return Side(name if batch == 1 else f"{name}, batch {batch}", answer, size)
+    return Side(name if batch == 1 else f"{name}, batch {batch}", answer, size, batch)
 
 
 @dataclass(frozen=True)
@@ -190,8 +197,7 @@ def inference(
             chunk = setting.chunks[job != "batch_1"]
             ledgers = []
             for run, one in zip(counted, sides, strict=True):
-                batch = 1 if job == "batch_1" else int(one.name.rsplit(" ", 1)[1])
-                same = side("", run, setting.inputs, batch, chunk)
+                same = side("", run, setting.inputs, one.batch, chunk)
                 with torch.no_grad(), count() as ledger:
                     same.work()
                 ledgers.append((ledger.macs / same.examples, ledger.bytes / same.examples))
@@ -208,12 +214,26 @@ def beside(engines: Mapping[str, Engine], own: Mapping[str, Engine], setting: Se
     return {"cpu_s": found["batch_1"]["dense_cpu_s"], "engine": found["batch_1"]["engine"], **ratios}
 
 
-def equal_quality(value: float, sweep: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def sweep(
+    ways: Mapping[str, Mapping[str, Engine]],
+    own: Mapping[str, Engine],
+    found: Mapping[str, Any],
+    setting: Setting,
+    say: Say,
+) -> list[dict[str, Any]]:
+    """A row for each single network: name -> engines; its quality, of ``found["singles"]``, and :func:`beside`."""
+    rows = []
+    for place, (name, engines) in enumerate(ways.items()):
+        say("what single networks cost", place / len(ways))
+        rows.append({"name": name, **found["singles"][name], **beside(engines, own, setting)})
+    return rows
+
+
+def equal_quality(value: float, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The cheapest single network that reaches ``value``, by its cost at batch 1, and the whole sweep.
 
     Rows hold a ``name``, a share of right answers, ``difference``, and what :func:`beside` gives.
     """
-    rows = list(sweep)
     best = min((row for row in rows if row["value"] >= value), key=lambda row: row["cpu_s"], default=None)
     reached = {} if best is None else {job: best[job] for job in JOBS}
     return {"dense": None if best is None else best["name"], **reached, "sweep": rows}
@@ -241,8 +261,8 @@ def run(steps: Steps, title: str, metric: str, incumbents: Sequence[str]) -> dic
     with one_thread():
         found = steps.parts.run("quality", steps.quality)
         costs = steps.parts.run("costs", lambda: steps.costs(found))
-        sweep = steps.parts.run("sweep", lambda: steps.sweep(found))
-    others = {row["name"]: row for row in sweep if row["name"] in incumbents}
+        rows = steps.parts.run("sweep", lambda: steps.sweep(found))
+    others = {row["name"]: row for row in rows if row["name"] in incumbents}
     one = costs["batch_1"]
     return {
         "title": title,
@@ -257,7 +277,7 @@ def run(steps: Steps, title: str, metric: str, incumbents: Sequence[str]) -> dic
             "differences": {"large": found["difference"], **{name: row["difference"] for name, row in others.items()}},
         },
         "inference": costs,
-        "equal_quality": equal_quality(found["selective"]["value"], sweep),
+        "equal_quality": equal_quality(found["selective"]["value"], rows),
         "contract": found["contract"],
         "stages": found["stages"],
         "resplits": found["resplits"],

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sparingly.nn._exit_batch import pooled
-from sparingly.nn._leaving import MEASURES, sure_rows
+from sparingly.nn._leaving import MEASURES, NO_WEIGHTS, sure_rows
 from sparingly.nn.cascade import NEVER
 from sparingly.nn.exits import ExitNetwork
 from sparingly.workloads._onnx import session
-
-_NO_WEIGHTS = np.empty(0)
 
 
 class _Piece(nn.Module):
@@ -92,7 +90,7 @@ class InPieces:
             if self.thresholds[place] == NEVER:
                 continue
             sure = np.empty(len(answers))
-            if sure_rows(answers, self._kind, _NO_WEIGHTS, sure) >= 0:
+            if sure_rows(answers, self._kind, NO_WEIGHTS, sure) >= 0:
                 raise ValueError(f"the exit after piece {place} gave no probabilities: look for NaN in the inputs")
             leaves = sure >= self.thresholds[place]
             if waiting is None:

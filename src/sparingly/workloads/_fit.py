@@ -106,6 +106,12 @@ def fit(
     return Fitted(spent, recent)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself; training in it then takes a third to half of the time."""
+    known: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(known is not None and known())
+
+
 def _share(step: int, recipe: Recipe) -> float:
     rise = min(1.0, (step + 1) / max(1, min(recipe.warmup, recipe.steps // 10)))
     return rise * max(1e-3, 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))

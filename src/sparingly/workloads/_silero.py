@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
 import warnings
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparingly.workloads._onnx import opened, session
+from sparingly.workloads._parts import check_sha256
 from sparingly.workloads.stream_data import CHUNK
 
 INSTALL = "pip install --no-deps silero-vad==6.2.3"
@@ -51,9 +51,7 @@ def file_of(name: str) -> bytes:
     if found is None:
         raise FileNotFoundError(f"no {name} of silero-vad here: {INSTALL}")
     content = found.read_bytes()
-    got = hashlib.sha256(content).hexdigest()
-    if got != FILES[name]:
-        raise ValueError(f"{found} has SHA-256 {got[:16]}…, expected {FILES[name][:16]}…: {INSTALL}")
+    check_sha256(content, FILES[name], found, INSTALL)
     return content
 
 

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparingly.nn._exit_batch import pooled
 from sparingly.nn.cascade import NEVER, Staged, multiplied
 from sparingly.nn.exits import ExitNetwork
 from sparingly.workloads import minilm_data
 from sparingly.workloads._encoders import _attended, _embedded, _Graph, _Parts
+from sparingly.workloads._fit import multiplies_bfloat16
 from sparingly.workloads.topic_data import Package
 
 INSTALL = 'the words need scikit-learn: pip install "sparingly[bench]"'
@@ -129,11 +131,10 @@ def _ends(package: Package, letters: int = 110) -> str:
 
 
 class Mean(nn.Module):
-    """Mean over real tokens: states [n, tokens, d], mask [n, tokens] -> [n, d]."""
+    """:func:`pooled` as a layer, which exits cut the mask of: states [n, tokens, d], mask [n, tokens] -> [n, d]."""
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        weights = mask.unsqueeze(2).float()
-        return (states.float() * weights).sum(1) / weights.sum(1)
+        return pooled(states, mask)
 
 
 class Reader(nn.Module):
@@ -248,17 +249,11 @@ class InOnnx(Staged):
 def losses(model: ExitNetwork, packages: Sequence[Package], said: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of the network and, with less weight, of its exits; each adds to ``said``, the logarithm of what
     the words alone say of packages that they were not fitted to, [n, classes]."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=halved()):
+    with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
         logits, hidden = model.collect(packages)
     found = [head(part) for head, part in zip(model.heads, hidden, strict=True)]
     parts = [F.cross_entropy(one.float() + said, labels) for one in (*found, logits)]
     return parts[-1] + 0.3 * torch.stack(parts[:-1]).sum()
-
-
-def halved() -> bool:
-    """Whether this processor multiplies in bfloat16, in which training then takes a third of the time."""
-    known: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(known is not None and known())
 
 
 def load_reader(classes: int) -> Reader:

@@ -60,11 +60,12 @@ def dense_ffn(width: int, units: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Side:
-    """One way to do a job: its name, a call, and how many examples that call serves."""
+    """One way to do a job: its name, a call, how many examples that call serves, and how many of them together."""
 
     name: str
     work: Work
     examples: int
+    batch: int = 1
 
     def seconds(self, rounds: int = 3) -> float:
         """Processor-seconds per example, the least of some rounds after one that warms up."""

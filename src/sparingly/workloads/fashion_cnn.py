@@ -19,18 +19,17 @@ from torch import Tensor, nn
 
 from sparingly.nn import compile_plan
 from sparingly.nn.bag import SelectiveBag
-from sparingly.nn.cascade import MEASURES, Cascade
+from sparingly.nn.cascade import Cascade
 from sparingly.nn.exits import ExitNetwork, add_exits_, train_exits
 from sparingly.ops._numba import kernel
 from sparingly.selectors import Ferns
 from sparingly.workloads import _cascaded as cascaded
 from sparingly.workloads import fashion_data as data
-from sparingly.workloads._cascaded import Answers, Engine, Setting
+from sparingly.workloads._cascaded import Engine, Setting
 from sparingly.workloads._exits_onnx import InPieces
-from sparingly.workloads._fit import Recipe, fit
+from sparingly.workloads._fit import Recipe, fit, multiplies_bfloat16
 from sparingly.workloads._onnx import session
 from sparingly.workloads._parts import Say, document, parts_of
-from sparingly.workloads._shares import difference, share
 from sparingly.workloads._trained import dense_ffn, mlp
 from sparingly.workloads.fashion import WIDTH, Entrance, Stream, scaled
 
@@ -109,11 +108,6 @@ MODES = {
 }
 
 
-def quick_in_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 itself; then convolutions are trained in it, in about half the time."""
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-
-
 class FashionCnn:
     """One run of the workload in one mode; every step is a part that is kept once it is done."""
 
@@ -139,7 +133,7 @@ class FashionCnn:
             return self._models[name]
         stream = Stream(self.pictures[0], BATCH)
         square = len(shape) == 4
-        half = square and quick_in_bf16()
+        half = square and multiplies_bfloat16()
 
         def loss(model: nn.Module, step: int) -> Tensor:
             images, labels = stream(step)
@@ -187,16 +181,14 @@ class FashionCnn:
         """Pictures that are held out, float32 [n, 784]."""
         return scaled(self.pictures[1].images)
 
+    def in_pytorch(self) -> Cascade:
+        """Every stage in PyTorch, from pictures [n, 1, 28, 28]."""
+        return Cascade([nn.Sequential(nn.Flatten(), self.scout), self.large], measure=MEASURE)
+
     def quality(self) -> dict[str, Any]:
         """Of the cascade, its stages and every single network."""
         labels, first = self.pictures[1].labels, self.mode.calibrating
-        scout, large = self.scout, self.large
-        parts = []
-        for place, part in enumerate(self.inputs.split(500)):
-            self.say("asking every stage", 500 * place / len(labels))
-            with torch.no_grad():
-                parts.append([scout(part).softmax(1), *large.stage_answers(part.view(PICTURE))])
-        answers = Answers(STAGES, [torch.cat(stage) for stage in zip(*parts, strict=True)], labels)
+        answers = cascaded.gather(self.in_pytorch(), self.inputs.view(PICTURE), labels, self.say, STAGES, batch=500)
         calibration, test = torch.arange(first), torch.arange(first, len(labels))
         found, own = cascaded.judge(answers, calibration, test, MEASURE)
         rights = {name: answers.right(place)[test].numpy() for place, name in ((0, STAGES[0]), (-1, STAGES[-1]))}
@@ -204,8 +196,7 @@ class FashionCnn:
             with torch.no_grad():
                 got = torch.cat([model(part.view(PICTURE)).argmax(1) for part in self.inputs[first:].split(500)])
             rights[name] = (got == labels[first:]).numpy()
-        rows = {name: share(right) | {"difference": difference(own, right)} for name, right in rights.items()}
-        return found | {"singles": rows, "training_cpu_s": dict(self.spent)}
+        return found | {"singles": cascaded.singles(own, rights), "training_cpu_s": dict(self.spent)}
 
     def singles(self) -> dict[str, nn.Sequential]:
         """Narrower convolutional networks."""
@@ -237,43 +228,25 @@ class FashionCnn:
     def costs(self, found: Mapping[str, Any]) -> dict[str, Any]:
         """Large ÷ cascade."""
         self.say("what an answer costs", None)
-        scout, large = self.scout, self.large
-        counted = counting(scout, large, found)
+        large, counted = self.large.net, self.in_pytorch()
+        cascaded.set_thresholds(counted, found)
         return cascaded.inference(
-            self.engines(large.net), {"cascade": self.cascade(found)}, self.setting(),
-            (lambda x: large.net(x.view(PICTURE)), counted),
+            self.engines(large), {"cascade": self.cascade(found)}, self.setting(),
+            (lambda x: large(x.view(PICTURE)), lambda x: counted(x.view(PICTURE))),
         )  # fmt: skip
 
     def sweep(self, found: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What single networks cost beside the cascade."""
-        plan, own = compile_plan(self.scout), {"cascade": self.cascade(found)}
-        ways: dict[str, dict[str, Engine]] = {STAGES[0]: {"one compiled call": plan}}
         nets: dict[str, nn.Module] = {**self.singles(), STAGES[-1]: self.large.net}
-        rows = []
-        for place, (name, engines) in enumerate((ways | {name: {} for name in nets}).items()):
-            self.say("what single networks cost", place / (1 + len(nets)))
-            ran = engines or self.engines(nets[name])
-            rows.append({"name": name, **found["singles"][name], **cascaded.beside(ran, own, self.setting())})
-        return rows
+        ways: dict[str, dict[str, Engine]] = {STAGES[0]: {"one compiled call": compile_plan(self.scout)}}
+        ways |= {name: self.engines(net) for name, net in nets.items()}
+        return cascaded.sweep(ways, {"cascade": self.cascade(found)}, found, self.setting(), self.say)
 
     def run(self) -> dict[str, Any]:
         """Every part, and the whole as the JSON's entry of this workload."""
         return cascaded.run(self, TITLE, METRIC, [STAGES[0]]) | {
             "published": [row._asdict() for row in data.published()]
         }
-
-
-def counting(scout: nn.Module, large: ExitNetwork, found: Mapping[str, Any]) -> Engine:
-    """The cascade in PyTorch, where its multiplications can be counted."""
-    first, *rest = cascaded.thresholds_of(found)
-    large.thresholds.copy_(torch.tensor(rest))
-
-    def answer(x: Tensor) -> None:
-        going = MEASURES[MEASURE](scout(x).softmax(1)) < first
-        if going.any():
-            large(x[going].view(PICTURE))
-
-    return answer
 
 
 def softmax(scores: Tensor) -> np.ndarray:

@@ -23,7 +23,6 @@ from sparingly.workloads._cascaded import Engine, Setting
 from sparingly.workloads._fit import Recipe, fit
 from sparingly.workloads._langid_models import ByteTransformer, InOnnx, Ngrams, OneCall, from_list
 from sparingly.workloads._parts import Say, document, parts_of
-from sparingly.workloads._shares import difference, share
 from sparingly.workloads.langid_data import Corpus, Texts
 
 TITLE = "Language identification, n-grams before a transformer over bytes"
@@ -170,7 +169,6 @@ class Langid:
     def cascade(self, found: Mapping[str, Any] | None = None) -> Cascade:
         """Scout and large network; with the thresholds of ``found``."""
         made = Cascade([OneCall(self.scout), self.engines["onnxruntime"]])
-        made.names = list(self.names)
         if found is not None:
             cascaded.set_thresholds(made, found)
         return made
@@ -186,7 +184,7 @@ class Langid:
         """Of the cascade, its stages and every single network; with examples as text."""
         whole, calibration, test = self.held_out()
         texts = whole.bytes_of(torch.arange(len(whole)))
-        answers = cascaded.gather(self.cascade(), texts, whole.labels, self.say)
+        answers = cascaded.gather(self.cascade(), texts, whole.labels, self.say, self.names)
         found, own = cascaded.judge(answers, calibration, test)
         for stage in found["stages"]:
             stage["examples"] = [texts[i].decode(errors="replace") for i in stage["examples"]]
@@ -196,8 +194,7 @@ class Langid:
         }
         for name, model in self.singles().items():
             singles[name] = self._right(model, whole[test])
-        rows = {name: share(right) | {"difference": difference(own, right)} for name, right in singles.items()}
-        return found | {"singles": rows, "training_cpu_s": dict(self.spent)}
+        return found | {"singles": cascaded.singles(own, singles), "training_cpu_s": dict(self.spent)}
 
     def singles(self) -> dict[str, Ngrams]:
         """Other networks that answer alone: n-grams of other widths, and linear ones, the incumbent."""
@@ -227,7 +224,6 @@ class Langid:
 
     def sweep(self, found: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What single networks cost beside the cascade."""
-        setting, own, rows = self.setting(), {"cascade": self.cascade(found)}, []
         ways: dict[str, dict[str, Engine]] = {
             self.names[1]: self.engines,
             self.names[0]: {"one compiled call": OneCall(self.scout)},
@@ -235,10 +231,7 @@ class Langid:
         for name, model in self.singles().items():
             run: Engine = OneCall(model) if model.width else lambda texts, m=model: m(from_list(texts)).softmax(1)
             ways[name] = {"one compiled call" if model.width else "pytorch": run}
-        for place, (name, engines) in enumerate(ways.items()):
-            self.say("what single networks cost", place / len(ways))
-            rows.append({"name": name, **found["singles"][name], **cascaded.beside(engines, own, setting)})
-        return rows
+        return cascaded.sweep(ways, {"cascade": self.cascade(found)}, found, self.setting(), self.say)
 
     def run(self) -> dict[str, Any]:
         """Every part, and the whole as the JSON's entry of this workload."""

